@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything generated from data: the speed figure, and the README's tables.
+
+    python -m bench.figures            draw docs/img/speed_{light,dark}.svg, rewrite README.md
+    python -m bench.figures --check    exit status 1 if a figure or a table is stale
+
+The data are the newest record of bench/results and the support matrix csrc/variants.json. A table
+stands in README.md between `<!-- generated: NAME -->` and `<!-- end: NAME -->`; a figure carries
+the digest of the rows it was drawn from, so the check needs no drawing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import report
+from bench.record import RESULTS
+from bench.source import ROOT
+
+README = ROOT / "README.md"
+IMAGES = ROOT / "docs" / "img"
+VARIANTS = ROOT / "csrc" / "variants.json"
+DRAWING = "1"  # raised when the drawing itself changes
+
+FIGURE_ROWS = 32768
+FIGURE_BLOCKS = ((64, 64), (128, 128))
+# Operators in the README's order; those with rows in variants.json have compiled CUDA kernels.
+BITS_OPS = ("pack_block_bits", "unpack_block_bits", "block_bits_from_indices")
+TENSOR_OPS = ("block_sparse_attn", "attn_pool", "pool_gate", "gate_scores", "gate_select")
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one figure; `peers` in the order of report.TITLES."""
+
+    name: str
+    ink: str
+    faint: str
+    ours: str
+    peers: tuple[str, ...]
+
+
+THEMES = (
+    Theme(
+        "light",
+        ink="#1f2328",
+        faint="#d1d9e0",
+        ours="#0a66d8",
+        peers=("#8250df", "#9a6700", "#bf3989", "#1a7f37", "#cf5b00", "#57606a"),
+    ),
+    Theme(
+        "dark",
+        ink="#e6edf3",
+        faint="#3d444d",
+        ours="#58a6ff",
+        peers=("#bc8cff", "#d29922", "#f778ba", "#56d364", "#ffa657", "#9198a1"),
+    ),
+)
+
+
+def newest_record(results: Path = RESULTS) -> dict | None:
+    """The record with the latest date, None if there is none."""
+    records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    return max(records, key=lambda record: record["date"], default=None)
+
+
+def figure_digest(record: dict) -> str:
+    """What a figure is drawn from, as a hash."""
+    data = {"gpu": record["gpu"], "date": record["date"], "rows": record["rows"]}
+    return hashlib.sha256((DRAWING + json.dumps(data, sort_keys=True)).encode()).hexdigest()
+
+
+def figure_path(theme: Theme) -> Path:
+    """docs/img/speed_light.svg and speed_dark.svg."""
+    return IMAGES / f"speed_{theme.name}.svg"
+
+
+def series(rows: list[dict], block: tuple[int, int]) -> dict[str, list[tuple[float, float]]]:
+    """{contestant: [(density, TFLOP/s)]} of the sparse rows at FIGURE_ROWS and a block size, ours
+    under "seer_cuda"; peers that know no mask have their dense rate at every density."""
+    chosen = [
+        row
+        for row in rows
+        if row["mask"] == "random"
+        and row["rows_kv"] == FIGURE_ROWS
+        and tuple(row["block"]) == block
+    ]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    dense = report.dense_rows(rows).get(FIGURE_ROWS)
+    for row in chosen:
+        lines.setdefault("seer_cuda", []).append((row["density"], row["tflops"]))
+        for name in row["peers"]:
+            lines.setdefault(name, []).append((row["density"], report.peer_tflops(row, name)))
+        for name in report.DENSE_PEERS:
+            if dense and name in dense["peers"]:
+                rate = report.peer_tflops(dense, name)
+                lines.setdefault(name, []).append((row["density"], rate))
+    return lines
+
+
+def _label_heights(values: dict[str, float], gap: float) -> dict[str, float]:
+    """Heights for labels beside `values`, moved apart upwards to at least `gap`."""
+    heights: dict[str, float] = {}
+    last = None
+    for name, value in sorted(values.items(), key=lambda item: item[1]):
+        last = value if last is None else max(value, last + gap)
+        heights[name] = last
+    return heights
+
+
+def draw(record: dict, theme: Theme, path: Path) -> None:
+    """Two panels (64x64 and 128x128 blocks): TFLOP/s of kept work over density, at 32k."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {
+        "svg.hashsalt": "seer_cuda",
+        "font.family": "DejaVu Sans",
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.ink,
+        "axes.edgecolor": theme.faint,
+        "xtick.color": theme.ink,
+        "ytick.color": theme.ink,
+    }
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.0), sharey=True)
+        panels = [series(record["rows"], block) for block in FIGURE_BLOCKS]
+        top = 1.12 * max(
+            rate for lines in panels for points in lines.values() for _, rate in points
+        )
+        for axis, block, lines in zip(axes, FIGURE_BLOCKS, panels, strict=True):
+            _draw_panel(axis, lines, theme, top)
+            axis.set_title(f"{block[0]}x{block[1]} blocks", loc="left", fontsize=11)
+        axes[0].set_ylabel("TFLOP/s of kept work")
+        figure.suptitle(
+            f"Block-sparse attention forward, {report.length(FIGURE_ROWS)} tokens, causal, bf16, "
+            f"32/8 heads of 128: {record['gpu']}, {record['date']}",
+            fontsize=10.5,
+            x=0.01,
+            ha="left",
+        )
+        figure.tight_layout()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"Date": None, "Description": f"record {figure_digest(record)}"}
+        figure.savefig(path, transparent=True, metadata=metadata)
+        plt.close(figure)
+
+
+def _draw_panel(axis, lines: dict, theme: Theme, top: float) -> None:
+    colours = dict(zip(report.TITLES, theme.peers, strict=True)) | {"seer_cuda": theme.ours}
+    densities = sorted(
+        {density for points in lines.values() for density, _ in points}, reverse=True
+    )
+    place = {density: index for index, density in enumerate(densities)}
+    heights = _label_heights({name: points[-1][1] for name, points in lines.items()}, 0.055 * top)
+    for name, points in lines.items():
+        ours, dense = name == "seer_cuda", name in report.DENSE_PEERS
+        axis.plot(
+            [place[density] for density, _ in points],
+            [rate for _, rate in points],
+            color=colours[name],
+            linewidth=2.6 if ours else 1.4,
+            linestyle="--" if dense else "-",
+            marker="" if dense else "o",
+            markersize=5 if ours else 3.5,
+            zorder=3 if ours else 2,
+        )
+        axis.text(
+            len(densities) - 0.88,
+            heights[name],
+            "seer_cuda" if ours else report.TITLES[name] + (" (dense)" if dense else ""),
+            color=colours[name],
+            fontsize=9,
+            fontweight="bold" if ours else "normal",
+            va="center",
+        )
+    axis.set_xticks(range(len(densities)), [f"{density:.0%}" for density in densities])
+    axis.set_xlabel("blocks kept")
+    axis.set_xlim(-0.2, len(densities) + 0.95)
+    axis.set_ylim(0, max(top, *heights.values()))
+    axis.grid(axis="y", color=theme.faint, linewidth=0.6)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(length=0)
+
+
+def speed_section(record: dict | None) -> str:
+    """README: the figure and the table of 32k, 64x64."""
+    if record is None or not series(record["rows"], FIGURE_BLOCKS[0]):
+        return (
+            "No GPU record is in [bench/results](bench/results) yet: `make gpu-check` on a GPU "
+            "machine writes it, and `python -m bench.figures` puts it here."
+        )
+    table = report.markdown_table(record["rows"], FIGURE_ROWS, FIGURE_BLOCKS[0])
+    name = report.length(FIGURE_ROWS)
+    return "\n".join(
+        [
+            "<picture>",
+            '  <source media="(prefers-color-scheme: dark)" srcset="docs/img/speed_dark.svg">',
+            '  <img alt="TFLOP/s over density, against peers" src="docs/img/speed_light.svg">',
+            "</picture>",
+            "",
+            f"{record['gpu']}, torch {record['torch']}, {record['date']}; {name} tokens, 32 query "
+            "and 8 KV heads of 128, bf16, causal, 64x64 blocks, a random mask per head; sustained "
+            "times, peers in the same run:",
+            "",
+            *table,
+        ]
+    )
+
+
+def _span(values: set) -> str:
+    return ", ".join(str(value) for value in sorted(values))
+
+
+def support_section(variants: list[dict]) -> str:
+    """README: which operator runs as what, from the rows of csrc/variants.json."""
+    lines = [
+        "| operator | CUDA | dtypes | head_dim | block_q | block_kv | CPU |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for op in TENSOR_OPS:
+        rows = [row for row in variants if row["op"] == op]
+        if not rows:
+            lines.append(f"| `{op}` | torch operations, no kernel yet | | | | | kernel |")
+        for sm in sorted({row["sm"] for row in rows}):
+            of_sm = [row for row in rows if row["sm"] == sm]
+            spans = [
+                _span({row["dtype"] for row in of_sm}),
+                _span({row["head_dim"] for row in of_sm}),
+                _span({row["block_q"] for row in of_sm}),
+                _span({size for row in of_sm for size in block_kv_of(row)}),
+            ]
+            cuda = f"kernel, compute capability {sm // 10}.{sm % 10} and newer"
+            lines.append(f"| `{op}` | {cuda} | {' | '.join(spans)} | kernel |")
+    bits = ", ".join(f"`{op}`" for op in BITS_OPS)
+    lines.append(f"| {bits} | kernel | | | | | kernel |")
+    return "\n".join(lines)
+
+
+def block_kv_of(row: dict) -> list[int]:
+    """KV block sizes that a variant serves: 64 and 128 where its KV tile divides them."""
+    return [size for size in (64, 128) if size % row["tile_kv"] == 0]
+
+
+def with_section(text: str, name: str, content: str) -> str:
+    """`text` with the part between the markers of `name` replaced; ValueError without markers."""
+    start, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"README.md: expected the markers {start} and {end}")
+    return f"{before}{start}\n{content}\n{end}{after}"
+
+
+def generated_readme(text: str, record: dict | None, variants: list[dict]) -> str:
+    """README.md as it should be."""
+    text = with_section(text, "speed", speed_section(record))
+    return with_section(text, "support", support_section(variants))
+
+
+def stale(record: dict | None, variants: list[dict]) -> list[str]:
+    """What does not show the present data, one line each."""
+    found = []
+    text = README.read_text()
+    if generated_readme(text, record, variants) != text:
+        found.append("README.md: a generated table is stale")
+    for theme in THEMES:
+        path = figure_path(theme)
+        drawn = path.read_text() if path.exists() else ""
+        if record is not None and figure_digest(record) not in drawn:
+            found.append(f"{path.relative_to(ROOT).as_posix()}: drawn from other data")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say what is stale")
+    options = parser.parse_args(argv)
+    record = newest_record()
+    variants = json.loads(VARIANTS.read_text())["kernels"]
+    if options.check:
+        found = stale(record, variants)
+        print("\n".join(found) if found else "README.md and figures show the present data.")
+        return 1 if found else 0
+    if record is not None:
+        for theme in THEMES:
+            draw(record, theme, figure_path(theme))
+    README.write_text(generated_readme(README.read_text(), record, variants))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

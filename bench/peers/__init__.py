@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user would run instead. One small module per peer, all of one form:
+
+- NAME: the key in the record's `peers`;
+- available() -> "" or the reason why it cannot run here;
+- supports(case) -> whether it can do this case's work;
+- build(problem) -> a function without arguments that computes and returns
+  out [batch, rows_q, heads_q, head_dim] (a view of another layout is fine);
+- answers(problem), optional -> the problem it is judged by, where it solves a variation of it.
+
+Nothing but the launch itself belongs into the returned function: index lists and the like are
+made in build().
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+
+def all_peers() -> list[ModuleType]:
+    """The peer modules, in the order of the report."""
+    from bench.peers import cudnn_frontend, fa3, fa4, flex, sdpa_cudnn, sdpa_flash
+
+    return [sdpa_flash, sdpa_cudnn, fa3, fa4, flex, cudnn_frontend]
+
+
+def kept_lists(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts int32 [..., blocks_q] and kept block indices int32 [..., blocks_q, blocks_kv] of a
+    bool mask: ascending, the unused tail holds the other indices (valid, never read)."""
+    order = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return mask.sum(-1).int().contiguous(), order.int().contiguous()

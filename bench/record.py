@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU record: tests, sanitizer and benchmarks of one source state on one GPU, as JSON.
+
+    python -m bench.record               run everything, write bench/results/<gpu>.json
+    python -m bench.record --sanitize    with compute-sanitizer over the reduced GPU tests
+    python -m bench.record --check       does a record belong to the present sources? (no GPU, no
+                                         torch needed; exit status 0 yes, 1 no)
+
+The exit status of a run is 0 only if every test passed, every case of ours was measured and no
+sanitizer found anything; the record is written in any case and names what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fnmatch
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bench.source import ROOT, source_hash
+
+RESULTS = ROOT / "bench" / "results"
+# Shares of the time limit after which a part yields to the next.
+TESTS_UNTIL = 0.4
+CASES_UNTIL = 0.75
+
+
+def record_path(gpu: str) -> Path:
+    """bench/results/<gpu>.json, e.g. nvidia_h200.json for "NVIDIA H200"."""
+    name = "".join(c if c.isalnum() else "_" for c in gpu.lower())
+    return RESULTS / f"{name}.json"
+
+
+def check_line(paths: list[Path], source: str) -> tuple[bool, str]:
+    """Whether one of the records belongs to `source` (a hash), and the sentence that says so."""
+    newest = None
+    for path in sorted(paths):
+        record = json.loads(path.read_text())
+        line = f"{path.name} ({record['gpu']}, {record['date']}, source {record['source'][:12]})"
+        if record["source"] == source:
+            tests = record["tests"]
+            counts = ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped"))
+            return True, f"GPU record: {line} belongs to the present sources; tests: {counts}."
+        newest = line
+    if newest is None:
+        return False, "GPU record: none in bench/results; `make gpu-check` on a GPU writes it."
+    return False, (
+        f"GPU record: {newest} is of other sources, the present ones are {source[:12]}; "
+        "`make gpu-check` on a GPU renews it."
+    )
+
+
+def environment() -> dict[str, str | None]:
+    """gpu, driver, torch, cuda, date, source: what the numbers belong to."""
+    import torch
+
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        told = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        driver = told.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = None
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "date": datetime.date.today().isoformat(),
+        "source": source_hash(),
+    }
+
+
+def write_record(record: dict, path: Path) -> None:
+    """JSON with one benchmark row per line, so that a diff shows what moved."""
+    head = {key: value for key, value in record.items() if key != "rows"}
+    text = json.dumps(head, indent=1)
+    rows = ",\n".join("  " + json.dumps(row) for row in record["rows"])
+    text = text[: text.rindex("\n")] + f',\n "rows": [\n{rows}\n ]\n}}\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def succeeded(record: dict, ours_missing: list[str]) -> bool:
+    """The exit status's rule (module docstring)."""
+    tests = record.get("tests", {"failed": 0})  # a partial run has none
+    sanitizer = record.get("sanitizer") or {}
+    return not tests["failed"] and not ours_missing and not any(sanitizer.values())
+
+
+def run(options: argparse.Namespace) -> int:
+    """Everything that needs the GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print("bench.record: no CUDA device; `--check` works without one.", file=sys.stderr)
+        return 2
+
+    from bench import checks, report
+    from bench.cases import all_cases
+    from bench.peers import all_peers
+    from bench.runner import run_cases
+    from bench.timing import CudaClock, Schedule
+
+    began = time.monotonic()
+    record: dict = environment()
+    partial = options.quick or options.only
+    if not (options.no_tests or partial):
+        record["tests"] = checks.run_gpu_tests(timeout=TESTS_UNTIL * options.limit)
+
+    cases = all_cases()
+    if options.quick:
+        cases = [case for case in cases if case.rows_kv <= 8192]
+    if options.only:
+        cases = [case for case in cases if fnmatch.fnmatch(case.name, options.only)]
+    results = run_cases(
+        cases,
+        all_peers(),
+        CudaClock(),
+        Schedule(rounds=1) if options.quick else Schedule(),
+        deadline=began + CASES_UNTIL * options.limit,
+    )
+    record["unavailable"] = results.unavailable
+    record["failures"] = results.failures
+    if options.sanitize:
+        record["sanitizer"] = checks.run_sanitizer(deadline=began + options.limit)
+    record["seconds"] = round(time.monotonic() - began)
+    record["rows"] = results.rows
+
+    print(f"\n{record['gpu']}, driver {record['driver']}, torch {record['torch']}")
+    print("\n".join(report.ratio_lines(results.rows)))
+    for part in ("tests", "sanitizer", "unavailable", "failures"):
+        if record.get(part):
+            print(f"{part}: {json.dumps(record[part])}")
+    path = options.output
+    if path is None and "tests" in record:
+        path = record_path(record["gpu"])
+    if path is not None:
+        write_record(record, path)
+        print(f"written: {path}")
+    missing = [case.name for case in cases if case.name in results.failures]
+    return 0 if succeeded(record, missing) else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.record",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="only compare record and sources")
+    parser.add_argument("--sanitize", action="store_true", help="run compute-sanitizer too")
+    parser.add_argument("--only", metavar="GLOB", help="cases by name, e.g. '*-32k-64x64-*'")
+    parser.add_argument("--quick", action="store_true", help="short lengths, one round")
+    parser.add_argument("--no-tests", action="store_true", help="benchmarks only")
+    parser.add_argument("--limit", type=float, default=480.0, help="seconds in all (480)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="where to write; without it a run of all parts writes bench/results/<gpu>.json, "
+        "a partial one (--only, --quick, --no-tests) prints only",
+    )
+    options = parser.parse_args(argv)
+    if options.check:
+        belongs, line = check_line(list(RESULTS.glob("*.json")), source_hash())
+        print(line)
+        return 0 if belongs else 1
+    return run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

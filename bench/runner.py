@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs cases: builds the problem, judges every contestant's answer, then times them in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+
+from bench.cases import Case
+from bench.problem import Problem, check
+from bench.timing import Clock, Launch, Schedule, measure
+
+OURS = "seer_cuda"
+
+
+@dataclass
+class Results:
+    """Rows of the record, and what could not be measured: reasons by "peer" or "case: peer"."""
+
+    rows: list[dict] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+def ours(problem: Problem) -> Callable[[], torch.Tensor]:
+    """The launch of this package: what a user calls, mask made beforehand."""
+    import seer_cuda
+
+    case = problem.case
+    mask = None
+    if problem.mask is not None:
+        mask = seer_cuda.BlockMask.from_dense(
+            problem.mask, *case.block, rows_q=case.rows_q, rows_kv=case.rows_kv, causal=case.causal
+        )
+    block_q, block_kv = case.block
+    return lambda: seer_cuda.block_sparse_attn(
+        problem.q,
+        problem.k,
+        problem.v,
+        mask,
+        block_q=block_q,
+        block_kv=block_kv,
+        causal=case.causal,
+    )
+
+
+def _reason(error: Exception) -> str:
+    """First line of an error, short enough for a record."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def _contestants(
+    problem: Problem, peers: Iterable[ModuleType], results: Results
+) -> dict[str, Launch]:
+    """Launches of everyone who answers the problem rightly; ours must, a peer may fail."""
+    launches: dict[str, Launch] = {}
+    launch = ours(problem)
+    check(problem, launch())
+    launches[OURS] = launch
+    for peer in peers:
+        if not peer.supports(problem.case):
+            continue
+        answers = getattr(peer, "answers", lambda same: same)
+        try:
+            launch = peer.build(problem)
+            check(answers(problem), launch())
+            launches[peer.NAME] = launch
+        except Exception as error:  # whatever a peer raises is its own reason, not our end
+            results.failures[f"{problem.case.name}: {peer.NAME}"] = _reason(error)
+    return launches
+
+
+def row_of(case: Case, flops: float, timings: dict) -> dict:
+    """A row of the record: the case, our times in ms and TFLOP/s, the peers' times in ms."""
+    mine = timings[OURS]
+    peers = {name: timing for name, timing in timings.items() if name != OURS}
+    return {
+        "op": case.op,
+        "arch": case.arch,
+        "batch": case.batch,
+        "heads_q": case.heads_q,
+        "heads_kv": case.heads_kv,
+        "head_dim": case.head_dim,
+        "rows_q": case.rows_q,
+        "rows_kv": case.rows_kv,
+        "dtype": case.dtype,
+        "causal": case.causal,
+        "block": list(case.block),
+        "density": case.density,
+        "mask": case.mask,
+        "ms": round(mine.ms, 4),
+        "ms_burst": round(mine.ms_burst, 4),
+        "tflops": round(flops / mine.ms / 1e9, 1),
+        "spread": round(mine.spread, 4),
+        "sm_mhz": mine.sm_mhz,
+        "peers": {name: round(timing.ms, 4) for name, timing in peers.items()},
+        "peers_burst": {name: round(timing.ms_burst, 4) for name, timing in peers.items()},
+    }
+
+
+def run_cases(
+    cases: Iterable[Case],
+    peers: Iterable[ModuleType],
+    clock: Clock,
+    schedule: Schedule,
+    deadline: float,
+    say: Callable[[str], None] = print,
+    device: str = "cuda",
+) -> Results:
+    """Measures `cases` until `deadline` (time.monotonic seconds); the rest is put down as such."""
+    results = Results()
+    usable = []
+    for peer in peers:
+        reason = peer.available()
+        if reason:
+            results.unavailable[peer.NAME] = reason
+        else:
+            usable.append(peer)
+    for case in cases:
+        if time.monotonic() > deadline:
+            results.failures[case.name] = "not measured: out of time"
+            continue
+        try:
+            problem = Problem.build(case, device)
+            timings = measure(_contestants(problem, usable, results), clock, schedule)
+        except Exception as error:  # the record keeps the rows there are, and the reason
+            results.failures[case.name] = _reason(error)
+            say(f"{case.name}: FAILED {_reason(error)}")
+            continue
+        row = row_of(case, problem.flops, timings)
+        results.rows.append(row)
+        others = "  ".join(f"{name} {ms:.3f}" for name, ms in row["peers"].items())
+        say(f"{case.name}: {row['ms']:.3f} ms  {row['tflops']:.0f} TFLOP/s  | {others}")
+    return results

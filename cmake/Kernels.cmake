@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+# The CUDA kernels: sources, architectures and flags, and the ptxas report.
+if(NOT SEER_CUTLASS_DIR)
+  execute_process(
+    COMMAND "${Python_EXECUTABLE}" -c
+      "import importlib.util as u; s = u.find_spec('cutlass_library'); print(s.submodule_search_locations[0] if s else '')"
+    OUTPUT_VARIABLE cutlass_package OUTPUT_STRIP_TRAILING_WHITESPACE)
+  set(SEER_CUTLASS_DIR "${cutlass_package}/source/include" CACHE PATH "" FORCE)
+endif()
+if(NOT EXISTS "${SEER_CUTLASS_DIR}/cute/tensor.hpp")
+  message(FATAL_ERROR "seer_cuda: CUTLASS headers were not found in '${SEER_CUTLASS_DIR}'. "
+                      "Install nvidia-cutlass==4.2.0.0 or set SEER_CUTLASS_DIR.")
+endif()
+
+# Portable kernels get machine code for every architecture asked for (90a's kernels live beside
+# them, but a Hopper GPU also runs the portable ones: sm_90 code spares it a compile from PTX), and
+# PTX of the first, so that newer GPUs run too.
+set(portable_archs "")
+foreach(arch IN LISTS SEER_ARCHS)
+  string(REGEX REPLACE "[af]$" "" base "${arch}")
+  list(APPEND portable_archs "${base}-real")
+endforeach()
+list(GET SEER_ARCHS 0 first_arch)
+string(REGEX REPLACE "[af]$" "" first_arch "${first_arch}")
+list(APPEND portable_archs "${first_arch}-virtual")
+list(REMOVE_DUPLICATES portable_archs)
+
+target_sources(seer_kernels PRIVATE
+  csrc/block_bits/block_bits.cu
+  csrc/common/varlen_fill.cu
+  csrc/block_sparse_attn/launch.cpp
+  ${SEER_VARIANT_SOURCES})
+target_include_directories(seer_kernels SYSTEM PRIVATE "${SEER_CUTLASS_DIR}")
+set_target_properties(seer_kernels PROPERTIES
+  CUDA_ARCHITECTURES "${portable_archs}"
+  CUDA_VISIBILITY_PRESET hidden
+  CUDA_COMPILER_LAUNCHER "${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas_capture.sh")
+# No --use_fast_math: where a fast instruction is meant, the kernel names it.
+target_compile_options(seer_kernels PRIVATE
+  $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -lineinfo
+    -Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage>)
+target_link_libraries(seer_kernels PUBLIC "${SEER_CUDART}" dl rt pthread)
+
+# One log per CUDA object, read after all of them are compiled.
+set(kernel_logs "")
+set(object_dir "${CMAKE_CURRENT_BINARY_DIR}/CMakeFiles/seer_kernels.dir")
+foreach(source IN ITEMS csrc/block_bits/block_bits.cu csrc/common/varlen_fill.cu
+                        ${SEER_VARIANT_SOURCES})
+  file(RELATIVE_PATH in_build "${CMAKE_CURRENT_BINARY_DIR}" "${source}")
+  if(IS_ABSOLUTE "${source}")
+    list(APPEND kernel_logs "${object_dir}/${in_build}.o.ptxas")
+  else()
+    list(APPEND kernel_logs "${object_dir}/${source}.o.ptxas")
+  endif()
+endforeach()
+add_custom_command(
+  OUTPUT "${resources}" "${CMAKE_CURRENT_BINARY_DIR}/ptxas.json"
+  COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas_report.py"
+    --json "${CMAKE_CURRENT_BINARY_DIR}/ptxas.json" --inc "${resources}" ${kernel_logs}
+  DEPENDS $<TARGET_OBJECTS:seer_kernels> "${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas_report.py"
+  COMMENT "Reading registers and spills of the kernels"
+  VERBATIM)
+add_custom_target(seer_resources DEPENDS "${resources}")

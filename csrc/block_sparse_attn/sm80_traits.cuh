@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compile-time shape of the sm80 block-sparse attention kernel: tiles, warps, shared memory, and
+// the parameters its launcher hands over. Budgets are tabulated in docs/block_sparse_attn.md.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "block_sparse_attn/variant.h"
+#include "common/smem_tile.cuh"
+
+namespace seer {
+
+// What was tuned by measurement rather than fixed by the shape.
+struct Sm80Tuning {
+  int stages;        // K/V pairs in shared memory. 1: K and V take turns, 2 barriers per tile; 2: 1
+  int min_ctas;      // CTAs per SM that registers are budgeted for
+  int slack_log2;    // see OnlineSoftmax: how far a row may outgrow its reference
+  bool interleave;   // exp2 of the next 16 columns between the products of these
+};
+
+constexpr Sm80Tuning sm80_default_tuning(int head_dim, int block_q) {
+  if (head_dim == 128) return block_q == 64 ? Sm80Tuning{1, 4, 8, true} : Sm80Tuning{2, 2, 8, true};
+  return block_q == 64 ? Sm80Tuning{1, 4, 8, true} : Sm80Tuning{2, 2, 8, true};
+}
+
+// What a CTA computes at its start and needs again only at its end or in masked tiles. It waits in
+// shared memory: through the loop, every register is taken.
+struct Sm80Parked {
+  const uint32_t* bits;   // of the query block
+  const uint16_t *k, *v;  // first row of the sequence
+  uint16_t* out;    // first row of the tile
+  float* lse;
+  int rows_kv;      // of the sequence
+  int rows;         // rows of the tile that exist
+  int first_masked;  // first KV tile in which some row does not see every column
+  int first_limit;  // row r of the tile sees columns below min(first_limit + r, rows_kv)
+};
+
+template <BlockSparseAttnKey kKey,
+          Sm80Tuning kTune = sm80_default_tuning(kKey.head_dim, kKey.block_q)>
+struct Sm80Traits {
+  using Element =
+      std::conditional_t<kKey.dtype == DType::kBFloat16, __nv_bfloat16, __half>;
+  static constexpr Sm80Tuning kTuning = kTune;
+
+  static constexpr int kHeadDim = kKey.head_dim;
+  static constexpr int kTileQ = kKey.block_q;
+  static constexpr int kTileKv = 64;
+
+  // A warp owns 32 query rows, two 16-row mma tiles: each K or V fragment read from shared memory
+  // then feeds two products. With 16 rows, shared memory would cap the kernel near 350 TFLOP/s on
+  // an H200, with 32 near 510. The output and the scores of 32 rows fill most of a register file
+  // slice, so Q is read again from shared memory for every KV tile.
+  static constexpr int kWarpRows = 32;
+  static constexpr int kWarps = kTileQ / kWarpRows;
+  static constexpr int kThreads = kWarps * 32;
+
+  using TileQ = dev::SmemTile<kTileQ, kHeadDim>;
+  using TileKv = dev::SmemTile<kTileKv, kHeadDim>;
+  static constexpr int kStages = kTune.stages;
+  static constexpr int kSmemV = TileKv::kBytes;  // V behind K in a stage
+  static constexpr int kStageBytes = 2 * TileKv::kBytes;
+  static constexpr int kSmemKv = TileQ::kBytes;  // the stages behind Q
+  static constexpr int kSmemParked = TileQ::kBytes + kStages * kStageBytes;
+  static constexpr int kSmemBytes = kSmemParked + sizeof(Sm80Parked);
+
+  static_assert(kKey.sm == 80, "these are the traits of the sm80 kernel");
+  static_assert(kHeadDim == 64 || kHeadDim == 128, "head_dim: 64 or 128");
+  static_assert(kTileQ == 64 || kTileQ == 128, "block_q: 64 or 128");
+  static_assert(kKey.tile_kv == kTileKv, "variants.json: tile_kv is not the kernel's");
+};
+
+// Kernel arguments, derived once on the host. Strides in elements (bits: in words).
+struct Sm80Params {
+  const uint16_t *q, *k, *v;
+  uint16_t* out;
+  float* lse;
+  const uint32_t* bits;
+  const int32_t *cu_seqlens_q, *cu_seqlens_kv;
+  int64_t q_batch_stride, q_head_stride;
+  int64_t k_batch_stride, k_head_stride;
+  int64_t v_batch_stride, v_head_stride;
+  int64_t out_batch_stride, out_head_stride;
+  int64_t lse_batch_stride, lse_head_stride;
+  int64_t bits_batch_stride, bits_head_stride, bits_row_stride;
+  int64_t total_q, total_kv;
+  int q_row_stride, k_row_stride, v_row_stride, out_row_stride;
+  int rows_q, rows_kv;          // varlen: the longest
+  int tiles_q, heads_kv, group;
+  int heads_per_bits;           // query heads that share one row of bits
+  bool two_tiles_per_block;     // block_kv is twice tile_kv
+  bool causal;
+  float scale_log2;             // |scale| * log2(e), never 0
+  float score_sign;             // -1 if scale is negative: scores are negated before the softmax
+};
+
+}  // namespace seer

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// What names a compiled block_sparse_attn kernel, and the function each generated source defines.
+//
+// csrc/variants.json is the one list of kernels. The build turns a row of it into a source (from
+// sm80_variant.cu.in) that instantiates launch_variant, and into a line of the table that
+// variants.cpp and launch.cpp read.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+#include "seer/block_sparse_attn.h"
+#include "seer/types.h"
+
+namespace seer {
+
+struct BlockSparseAttnKey {
+  int sm;
+  DType dtype;
+  int head_dim;
+  int block_q;
+  int tile_kv;
+  int threads;     // this and smem_bytes are asserted to be the kernel's own
+  int smem_bytes;
+};
+
+constexpr DType dtype_named(std::string_view name) {
+  return name == "bfloat16" ? DType::kBFloat16
+         : name == "float16" ? DType::kFloat16
+                             : DType::kFloat32;
+}
+
+// Enqueues one kernel with params that were checked; returns the cudaError_t.
+template <BlockSparseAttnKey kKey>
+int launch_variant(const BlockSparseAttnParams& params, CUstream_st* stream);
+
+}  // namespace seer

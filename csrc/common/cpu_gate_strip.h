@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// Gate scores of a strip of query-block rows, shared by gate_scores_cpu and gate_select_cpu so
+// that both see the same bits of every score.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/cpu_buffer.h"
+#include "common/cpu_kernels.h"
+#include "seer/pool_gate.h"
+
+namespace seer::cpu {
+
+// Blocks [0, visible) of the row can be seen: bottom-right causal rule over blocks.
+inline int64_t visible_blocks(const GateScoresParams& params, int64_t row) {
+  if (!params.causal) return params.blocks_kv;
+  return std::clamp<int64_t>(row + 1 + params.blocks_kv - params.blocks_q, 0, params.blocks_kv);
+}
+
+// One thread's strip: `lanes` rows of one head at a time, O(lanes * blocks_kv) floats.
+class GateStrip {
+ public:
+  explicit GateStrip(const GateScoresParams& params)
+      : params_(params), kernels_(kernels_for(params.blocks_q)),
+        scratch_(scratch_floats(params)) {
+    if (!scratch_.ok()) return;
+    qt_ = scratch_.take(lanes() * params.gate_dim);
+    rows_ = scratch_.take(std::max<int64_t>(lanes(), kTile) * params.gate_dim);
+    scores_ = scratch_.take(lanes() * params.blocks_kv);
+  }
+
+  static int64_t lanes(const GateScoresParams& params) {
+    return kernels_for(params.blocks_q).lanes;
+  }
+  static int64_t scratch_floats(const GateScoresParams& params) {
+    const int64_t width = lanes(params);
+    return Scratch::padded(width * params.gate_dim) +
+           Scratch::padded(std::max<int64_t>(width, kTile) * params.gate_dim) +
+           Scratch::padded(width * params.blocks_kv);
+  }
+
+  bool ok() const { return scratch_.ok(); }
+  int64_t lanes() const { return kernels_.lanes; }
+
+  // Computes rows [first, first + count) of one head, count <= lanes().
+  void compute(int64_t b, int64_t head, int64_t first, int64_t count) {
+    const int64_t dim = params_.gate_dim;
+    load(params_.q_gate, b, first, head, count);
+    std::fill_n(qt_, lanes() * dim, 0.0f);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t d = 0; d < dim; ++d) qt_[d * lanes() + r] = rows_[r * dim + d];
+    const int64_t head_k = head / (params_.heads_q / params_.heads_k);
+    const int64_t cols = visible_blocks(params_, first + count - 1);
+    for (int64_t begin = 0; begin < cols; begin += kTile) {
+      const int64_t tile = std::min(kTile, cols - begin);
+      load(params_.k_gate, b, begin, head_k, tile);
+      kernels_.multiply(rows_, tile, dim, qt_, scores_ + begin * lanes());
+    }
+  }
+
+  // Copies the visible scores of row first + lane to dst.
+  void copy_row(int64_t lane, int64_t visible, float* dst) const {
+    for (int64_t j = 0; j < visible; ++j) dst[j] = scores_[j * lanes() + lane] * params_.scale;
+  }
+
+ private:
+  static constexpr int64_t kTile = 64;
+
+  void load(const ConstView& view, int64_t b, int64_t row, int64_t head, int64_t count) {
+    const int64_t offset =
+        b * view.batch_stride + row * view.row_stride + head * view.head_stride;
+    kernels_.load_tile(params_.dtype,
+                       static_cast<const char*>(view.data) + offset * size_of(params_.dtype),
+                       view.row_stride, count, params_.gate_dim, rows_);
+  }
+
+  const GateScoresParams& params_;
+  const Kernels& kernels_;
+  Scratch scratch_;
+  float* qt_ = nullptr;      // [gate_dim][lanes]
+  float* rows_ = nullptr;    // [tile][gate_dim]
+  float* scores_ = nullptr;  // [blocks_kv][lanes], not yet scaled
+};
+
+}  // namespace seer::cpu

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// The launch functions of a CPU-only build: they say so, and nothing else.
+#include "seer/block_bits.h"
+#include "seer/block_sparse_attn.h"
+
+namespace seer {
+namespace {
+
+Status no_cuda(const char* argument) {
+  return Status::unsupported(std::string(argument) +
+                             ": expected a CPU tensor, got a CUDA tensor: this build of seer_cuda "
+                             "has no CUDA kernels. Reinstall it on a machine with nvcc (or with "
+                             "the nvidia-cuda-nvcc wheels), or move the tensors to the CPU.");
+}
+
+}  // namespace
+
+Status launch_block_sparse_attn(const BlockSparseAttnParams&, CUstream_st*) { return no_cuda("q"); }
+Status launch_pack_block_bits(const PackBlockBitsParams&, CUstream_st*) { return no_cuda("mask"); }
+Status launch_unpack_block_bits(const UnpackBlockBitsParams&, CUstream_st*) {
+  return no_cuda("block_bits");
+}
+Status launch_block_bits_from_indices(const BlockBitsFromIndicesParams&, CUstream_st*) {
+  return no_cuda("indices");
+}
+
+}  // namespace seer

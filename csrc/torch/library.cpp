@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// The schemas of torch.ops.seer: the contract that other frameworks call. Layouts: q, k, v are
+// [batch, rows, heads, head_dim] by strides with a contiguous last dimension, or packed
+// [total, heads, head_dim] with cu_seqlens. Semantics: docs/design.md; errors: check.h.
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+#define SEER_ATTN_TAIL                                                                        \
+  "SymInt block_q=64, SymInt block_kv=64, bool causal=True, float? scale=None"
+#define SEER_VARLEN_TAIL                                                                      \
+  "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_kv=None, SymInt max_rows_q=0, "              \
+  "SymInt max_rows_kv=0"
+#define SEER_ATTN_POOL_ARGS                                                                   \
+  "(Tensor q, Tensor k, Tensor v, *, " SEER_ATTN_TAIL                                         \
+  ", bool per_token=False, " SEER_VARLEN_TAIL ")"
+#define SEER_POOL_GATE_ARGS                                                                   \
+  "(Tensor x, Tensor? weight=None, Tensor? cos=None, Tensor? sin=None, *, SymInt block=64, "  \
+  "int pools=4)"
+#define SEER_GATE_SCORES_ARGS                                                                 \
+  "(Tensor q_gate, Tensor k_gate, *, float? scale=None, bool causal=True)"
+#define SEER_GATE_SELECT_ARGS                                                                 \
+  "(Tensor q_gate, Tensor k_gate, *, float? scale=None, bool causal=True, int method=0, "     \
+  "float value=0.0, SymInt sink=0, SymInt local=0, SymInt dense_last_rows=0)"
+
+STABLE_TORCH_LIBRARY(seer, m) {
+  // Attention over the kept blocks; block_bits None keeps every block.
+  m.def("block_sparse_attn(Tensor q, Tensor k, Tensor v, Tensor? block_bits=None, *, " SEER_ATTN_TAIL
+        ", " SEER_VARLEN_TAIL ") -> (Tensor out, Tensor lse)");
+  // Dense attention and the block maxima of its softmax probabilities, in one pass.
+  m.def("attn_pool" SEER_ATTN_POOL_ARGS " -> (Tensor out, Tensor lse, Tensor pooled)");
+  // Block pooling (pools: bit set of 1 max, 2 min, 4 avg), per-head projection, RoPE.
+  m.def("pool_gate" SEER_POOL_GATE_ARGS " -> Tensor");
+  // fp32 [batch, heads_q, blocks_q, blocks_kv]; -inf where not visible.
+  m.def("gate_scores" SEER_GATE_SCORES_ARGS " -> Tensor");
+  // Block bits; method 0 threshold, 1 top-k, 2 density, 3 top-p.
+  m.def("gate_select" SEER_GATE_SELECT_ARGS " -> Tensor");
+  // bool [..., blocks_kv] -> int32 [..., ceil(blocks_kv / 32)], and back.
+  m.def("pack_block_bits(Tensor mask) -> Tensor");
+  m.def("unpack_block_bits(Tensor block_bits, SymInt blocks_kv) -> Tensor");
+  // int32 lists [..., capacity] with counts [...] -> block bits.
+  m.def("block_bits_from_indices(Tensor indices, Tensor counts, SymInt blocks_kv) -> Tensor");
+  // The checks of the ops whose CUDA implementation is registered from Python.
+  m.def("_check_attn_pool" SEER_ATTN_POOL_ARGS " -> ()");
+  m.def("_check_pool_gate" SEER_POOL_GATE_ARGS " -> ()");
+  m.def("_check_gate_scores" SEER_GATE_SCORES_ARGS " -> ()");
+  m.def("_check_gate_select" SEER_GATE_SELECT_ARGS " -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(seer, CPU, m) {
+  m.impl("block_sparse_attn", TORCH_BOX(&seer::binding::block_sparse_attn));
+  m.impl("attn_pool", TORCH_BOX(&seer::binding::attn_pool_cpu_op));
+  m.impl("pool_gate", TORCH_BOX(&seer::binding::pool_gate_cpu_op));
+  m.impl("gate_scores", TORCH_BOX(&seer::binding::gate_scores_cpu_op));
+  m.impl("gate_select", TORCH_BOX(&seer::binding::gate_select_cpu_op));
+  m.impl("pack_block_bits", TORCH_BOX(&seer::binding::pack_block_bits));
+  m.impl("unpack_block_bits", TORCH_BOX(&seer::binding::unpack_block_bits));
+  m.impl("block_bits_from_indices", TORCH_BOX(&seer::binding::block_bits_from_indices));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(seer, CUDA, m) {
+  m.impl("block_sparse_attn", TORCH_BOX(&seer::binding::block_sparse_attn));
+  m.impl("pack_block_bits", TORCH_BOX(&seer::binding::pack_block_bits));
+  m.impl("unpack_block_bits", TORCH_BOX(&seer::binding::unpack_block_bits));
+  m.impl("block_bits_from_indices", TORCH_BOX(&seer::binding::block_bits_from_indices));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(seer, CompositeExplicitAutograd, m) {
+  m.impl("_check_attn_pool", TORCH_BOX(&seer::binding::check_attn_pool));
+  m.impl("_check_pool_gate", TORCH_BOX(&seer::binding::check_pool_gate));
+  m.impl("_check_gate_scores", TORCH_BOX(&seer::binding::check_gate_scores));
+  m.impl("_check_gate_select", TORCH_BOX(&seer::binding::check_gate_select));
+}

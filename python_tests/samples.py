@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One small call of every op in each of its forms, for the tests of the machinery around them."""
+
+import attention
+import inputs
+import torch
+
+FORMS = (
+    "block_sparse_attn",
+    "block_sparse_attn dense",
+    "block_sparse_attn varlen",
+    "attn_pool",
+    "attn_pool per_token",
+    "attn_pool varlen",
+    "pool_gate",
+    "pool_gate plain",
+    "gate_scores",
+    "gate_select threshold",
+    "gate_select topk",
+    "gate_select density",
+    "gate_select topp",
+    "pack_block_bits",
+    "unpack_block_bits",
+    "block_bits_from_indices",
+)
+
+
+def sample(form: str, device: str = "cpu", rows: int = 150, *, grad: bool = False, seed: int = 0):
+    """(op, args, kwargs) of `form`. grad: float arguments that have a gradient require it."""
+    name, _, kind = form.partition(" ")
+    op = getattr(torch.ops.seer, name)
+    dtype = torch.bfloat16
+    gen = inputs.generator(seed)
+
+    def draw(*shape):
+        x = torch.randn(*shape, generator=gen).to(device=device, dtype=dtype)
+        return x.requires_grad_(grad)
+
+    if name in ("block_sparse_attn", "attn_pool"):
+        grad = grad and name == "attn_pool"
+        kwargs = {"per_token": True} if kind == "per_token" else {}
+        if kind == "varlen":
+            cu = inputs.packed([rows // 2, rows - rows // 2]).to(device)
+            q, k, v = draw(rows, 4, 64), draw(rows, 2, 64), draw(rows, 2, 64)
+            most = rows - rows // 2
+            kwargs |= {"cu_seqlens_q": cu, "cu_seqlens_kv": cu}
+            kwargs |= {"max_rows_q": most, "max_rows_kv": most}
+        else:
+            q, k, v = draw(2, rows, 4, 64), draw(2, rows, 2, 64), draw(2, rows, 2, 64)
+            most = rows
+        if name == "block_sparse_attn" and kind != "dense":
+            kwargs["block_bits"] = attention.make_bits(
+                "random_50", rows_q=most, rows_kv=most, batch=2, heads=2, seed=seed, device=device
+            )
+        return op, (q, k, v), kwargs
+    blocks = attention.ceil_div(rows, 64)
+    if name == "pool_gate":
+        x = draw(2, rows, 2, 64)
+        if kind == "plain":
+            return op, (x,), {"pools": 5}
+        cos, sin = (torch.rand(blocks, 16, generator=gen).to(device) for _ in range(2))
+        return op, (x, draw(4, 192, 32), cos, sin), {"pools": 7}
+    if name in ("gate_scores", "gate_select"):
+        grad = grad and name == "gate_scores"
+        rule = {
+            "": {},
+            "threshold": {"method": 0, "value": 0.05, "local": 1},
+            "topk": {"method": 1, "value": 3.0, "sink": 1},
+            "density": {"method": 2, "value": 0.5, "dense_last_rows": 1},
+            "topp": {"method": 3, "value": 0.8},
+        }[kind]
+        return op, (draw(2, rows, 4, 64), draw(2, rows, 2, 64)), rule
+    mask = (torch.rand(2, 3, rows, 70, generator=gen) < 0.4).to(device)
+    if name == "pack_block_bits":
+        return op, (mask,), {}
+    if name == "unpack_block_bits":
+        return op, (torch.ops.seer.pack_block_bits(mask), 70), {}
+    order = (~mask).to(torch.int32).argsort(-1, stable=True).to(torch.int32)
+    return op, (order, mask.sum(-1).to(torch.int32), 70), {}
+
+
+def as_tuple(result):
+    return result if isinstance(result, tuple) else (result,)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA implementations of the ops that have no compiled CUDA kernel in this library.
+
+They are the torch-operator formulas of `_attn_math` and `_gate_math`: same contract, fp32
+accumulation, memory O(rows * block), no host synchronisation. The argument checks are those of the
+compiled ops (``seer::_check_*``, the same arguments), so a mistake reads the same on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seer_cuda import _attn_math, _gate_math
+
+_Compute = Callable[..., Tensor | tuple[Tensor, ...]]
+
+_COMPOSITES: dict[str, _Compute] = {
+    "attn_pool": _attn_math.attn_pool,
+    "pool_gate": _gate_math.pool_gate,
+    "gate_scores": _gate_math.gate_scores,
+    "gate_select": _gate_math.gate_select,
+}
+
+# The registrations live as long as this object.
+_library = torch.library.Library("seer", "IMPL")
+
+
+def _checked(name: str, compute: _Compute) -> _Compute:
+    check = getattr(torch.ops.seer, f"_check_{name}")
+
+    def implementation(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        check(*args, **kwargs)
+        # Autocast would round the fp32 operands of the formulas.
+        with torch.autocast(args[0].device.type, enabled=False):
+            return compute(*args, **kwargs)
+
+    return implementation
+
+
+def composite_ops() -> list[str]:
+    """Names of the ops whose CUDA implementation is made of torch operators."""
+    return list(_registered)
+
+
+def _register() -> list[str]:
+    names = []
+    for name, compute in _COMPOSITES.items():
+        # A compiled kernel, where the library has one, is left in place.
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"seer::{name}", "CUDA"):
+            continue
+        _library.impl(name, _checked(name, compute), "CUDA")
+        names.append(name)
+    return names
+
+
+_registered = _register()

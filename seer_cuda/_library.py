@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding and loading the compiled parts of the package.
+
+``libseer_ops.so`` registers ``torch.ops.seer`` (required). ``_core`` is a torch-free pybind11
+module with introspection and host bit tools; it is built per Python version and may be missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+LIBRARY_NAME = "libseer_ops.so"
+#: Names another build of the library, e.g. one in a CMake build folder.
+LIBRARY_VARIABLE = "SEER_OPS_LIBRARY"
+OLDEST_TORCH = (2, 11)
+
+
+def library_path() -> Path:
+    """Where the operator library is looked for: ``$SEER_OPS_LIBRARY``, else beside this file."""
+    chosen = os.environ.get(LIBRARY_VARIABLE)
+    return Path(chosen) if chosen else Path(__file__).with_name(LIBRARY_NAME)
+
+
+def load_ops() -> Path:
+    """Loads the operator library, which defines ``torch.ops.seer``. Loading twice is harmless.
+
+    Returns:
+        The path of the library.
+
+    Raises:
+        ImportError: the file is missing, or the dynamic linker refuses it; the text says what was
+            looked for, which torch is installed and how to build the library.
+    """
+    path = library_path()
+    version = torch.__version__
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    found = f"Installed: torch {version} ({cuda}), needed: torch >= {_dotted(OLDEST_TORCH)}."
+    build = (
+        "Build it with `pip install .` in the repository, or in place with `cmake -S . -B build && "
+        "cmake --build build && cmake --install build --prefix .`; the environment variable "
+        f"{LIBRARY_VARIABLE} names a library that lies elsewhere."
+    )
+    if not path.is_file():
+        raise ImportError(f"seer_cuda: expected the operator library at {path}. {found} {build}")
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(f"seer_cuda: cannot load {path}: {error}. {found} {build}") from error
+    return path
+
+
+def load_core() -> ModuleType | None:
+    """The introspection module ``seer_cuda._core``, or None where it was not built."""
+    try:
+        return importlib.import_module("seer_cuda._core")
+    except ImportError:
+        return None
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(str(part) for part in version)

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public functions over ``torch.ops.seer``.
+
+Layout: ``[batch, rows, heads, head_dim]`` by strides with a contiguous last dimension, so a
+transposed ``[batch, heads, rows, head_dim]`` view is taken as it is; or packed sequences ``[total,
+heads, head_dim]`` with cu_seqlens. Words: query head h reads KV head ``h // (heads_q /
+heads_kv)``; blocks_q = ceil(rows_q / block_q), blocks_kv likewise; causal is bottom-right aligned,
+query r sees keys ``c <= r + rows_kv - rows_q``.
+
+All functions run on the current stream without a host synchronisation, are deterministic, and work
+under CUDA graphs, torch.compile and torch.export. Mistakes that only Python can see raise TypeError
+or ValueError; all others are refused by the op with a RuntimeError before any work. Both read
+``seer::<op>: <argument>: expected <contract>, got <actual>. <what to do>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from seer_cuda._gate_math import POOL_AVG, POOL_MAX, POOL_MIN
+from seer_cuda.block_mask import BlockMask, ceil_div
+from seer_cuda.select import resolve_method
+
+#: Poolings in the order of their channels, and their bits in ``torch.ops.seer.pool_gate``.
+POOLS: dict[str, int] = {"max": POOL_MAX, "min": POOL_MIN, "avg": POOL_AVG}
+
+Method = Literal["threshold", "topk", "density", "topp"]
+
+
+@overload
+def block_sparse_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | Tensor | None = ...,
+    *,
+    block_q: int | None = ...,
+    block_kv: int | None = ...,
+    causal: bool | None = ...,
+    scale: float | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_kv: Tensor | None = ...,
+    max_rows_q: int = ...,
+    max_rows_kv: int = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def block_sparse_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | Tensor | None = ...,
+    *,
+    block_q: int | None = ...,
+    block_kv: int | None = ...,
+    causal: bool | None = ...,
+    scale: float | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_kv: Tensor | None = ...,
+    max_rows_q: int = ...,
+    max_rows_kv: int = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def block_sparse_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | Tensor | None = None,
+    *,
+    block_q: int | None = None,
+    block_kv: int | None = None,
+    causal: bool | None = None,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    max_rows_q: int = 0,
+    max_rows_kv: int = 0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the kept blocks (block-sparse FlashAttention-2 forward).
+
+    ``out[r] = sum_c softmax_c(scale q_r . k_c) v_c`` over the keys c that are visible to r and
+    whose block is kept.
+
+    Args:
+        q: bf16 or fp16 (on the CPU also fp32) ``[batch, rows_q, heads_q, head_dim]``, packed
+            ``[total_q, heads_q, head_dim]``.
+        k: ``[batch, rows_kv, heads_kv, head_dim]``, packed ``[total_kv, heads_kv, head_dim]``;
+            heads_kv divides heads_q.
+        v: Shape of k, any strides.
+        mask: `BlockMask`, or its raw bits: int32 ``[batch|1, heads_q|heads_kv|1, blocks_q, words
+            >= ceil(blocks_kv / 32)]``; None keeps every block. Packed sequences: blocks count from
+            each sequence's own start.
+        block_q: Tokens per query block: 64 or 128 (CPU also 16, 32). Default: the mask's, else 64.
+        block_kv: Tokens per KV block, likewise.
+        causal: Default: the mask's, else True.
+        scale: Softmax scale, default ``head_dim ** -0.5``.
+        cu_seqlens_q: int32 ``[batch + 1]`` on q's device: sequence n is rows ``cu[n]`` to ``cu[n
+            + 1]``. Both or neither.
+        cu_seqlens_kv: The same for k and v.
+        max_rows_q: Longest query sequence; needed with cu_seqlens (default: the mask's rows_q).
+        max_rows_kv: Longest KV sequence, likewise.
+        return_lse: Also return lse.
+
+    Returns:
+        out, q's dtype and shape, contiguous; with return_lse (out, lse), lse fp32 ``[batch,
+        heads_q, rows_q]`` (packed ``[heads_q, total_q]``), the natural logarithm of the sum of
+        exponentials. A row with nothing to attend to: out 0, lse -inf. NaN or Inf in blocks that
+        are not kept never reach out.
+
+    Raises:
+        TypeError: mask is neither a BlockMask nor a tensor.
+        ValueError: block_q, block_kv or causal differ from the BlockMask's, or its block counts
+            from those of q and k.
+        RuntimeError: refused by the op.
+        NotImplementedError: on backward; the op is forward-only.
+    """
+    bits: Tensor | None
+    if isinstance(mask, BlockMask):
+        block_q = _agree("block_q", block_q, mask.block_q)
+        block_kv = _agree("block_kv", block_kv, mask.block_kv)
+        causal = _agree("causal", causal, mask.causal)
+        if cu_seqlens_q is not None:
+            max_rows_q, max_rows_kv = max_rows_q or mask.rows_q, max_rows_kv or mask.rows_kv
+        rows = (max_rows_q, max_rows_kv) if cu_seqlens_q is not None else (q.shape[1], k.shape[1])
+        _check_lengths(mask, *rows)
+        bits = mask.block_bits
+    elif mask is None or isinstance(mask, Tensor):
+        bits = mask
+    else:
+        raise TypeError(
+            "seer::block_sparse_attn: mask: expected a BlockMask, int32 block bits or None, got "
+            f"{type(mask).__name__}. Build one with BlockMask.from_dense."
+        )
+    out, lse = torch.ops.seer.block_sparse_attn(
+        q,
+        k,
+        v,
+        bits,
+        block_q=64 if block_q is None else block_q,
+        block_kv=64 if block_kv is None else block_kv,
+        causal=True if causal is None else causal,
+        scale=scale,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_kv=cu_seqlens_kv,
+        max_rows_q=max_rows_q,
+        max_rows_kv=max_rows_kv,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _agree(name: str, given: int | None, mask_has: int) -> int:
+    if given is not None and given != mask_has:
+        raise ValueError(
+            f"seer::block_sparse_attn: {name}: expected {mask_has}, as the BlockMask has, got "
+            f"{given}. Leave it out, or build the mask for it."
+        )
+    return mask_has
+
+
+def _check_lengths(mask: BlockMask, rows_q: int, rows_kv: int) -> None:
+    blocks = ceil_div(rows_q, mask.block_q), ceil_div(rows_kv, mask.block_kv)
+    if (mask.blocks_q, mask.blocks_kv) != blocks:
+        raise ValueError(
+            f"seer::block_sparse_attn: mask: expected {blocks[0]} x {blocks[1]} blocks for "
+            f"{rows_q} x {rows_kv} rows, got {mask.blocks_q} x {mask.blocks_kv}. Build the mask "
+            "for these lengths and block sizes."
+        )
+
+
+def attn_pool(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_q: int = 64,
+    block_kv: int = 64,
+    causal: bool = True,
+    scale: float | None = None,
+    per_token: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    max_rows_q: int = 0,
+    max_rows_kv: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense attention and the block maxima of its probabilities: what a gate is distilled from.
+
+    ``pooled[i, j] = max P[r, c]`` over the rows r of query block i and the visible columns c of KV
+    block j, with P the softmax probabilities (SeerAttention, Gao et al. 2024, section 3.2).
+
+    Args:
+        q, k, v, scale, causal, cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv: As in
+            `block_sparse_attn` without a mask.
+        block_q, block_kv: Tokens per block: 64 or 128 (CPU also 16, 32).
+        per_token: Keep every query row: ``pooled[r, j] = max_c P[r, c]`` (SeerAttention-R).
+
+    Returns:
+        (out, lse, pooled): out and lse as in `block_sparse_attn`; pooled fp32 ``[batch, heads_q,
+        blocks_q, blocks_kv]``, per_token ``[batch, heads_q, rows_q, blocks_kv]`` (packed
+        ``[heads_q, total_q, blocks_kv]``), not normalised (see `seer_cuda.distill`), exactly 0
+        where nothing is visible. Packed maps have the block counts of the longest sequence and
+        are 0 past a shorter one.
+
+    Differentiable in q, k and v through out. lse and pooled are targets, not part of the graph:
+    requires_grad is False on both.
+
+    Raises:
+        RuntimeError: refused by the op.
+    """
+    return torch.ops.seer.attn_pool(
+        q,
+        k,
+        v,
+        block_q=block_q,
+        block_kv=block_kv,
+        causal=causal,
+        scale=scale,
+        per_token=per_token,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_kv=cu_seqlens_kv,
+        max_rows_q=max_rows_q,
+        max_rows_kv=max_rows_kv,
+    )
+
+
+def pool_bits(pools: str | Iterable[str] | int) -> int:
+    """The bit set of pooling names: 1 max, 2 min, 4 avg.
+
+    Args:
+        pools: ``"avg"``, names run together as the checkpoints do (``"maxminavg"``), names in any
+            order (``["max", "avg"]``), or the bit set itself, 1 to 7.
+
+    Raises:
+        ValueError: an unknown or repeated name, no name at all, or an int outside 1 to 7.
+        TypeError: neither names nor an int.
+    """
+    remedy = "Name any of max, min, avg."
+    if isinstance(pools, int) and not isinstance(pools, bool):
+        if not 1 <= pools <= 7:
+            raise ValueError(f"seer::pool_gate: pools: expected 1 to 7, got {pools}. {remedy}")
+        return pools
+    if isinstance(pools, str):
+        names = [pools[at : at + 3] for at in range(0, len(pools), 3)]
+    elif isinstance(pools, Iterable):
+        names = list(pools)
+    else:
+        kind = type(pools).__name__
+        raise TypeError(f"seer::pool_gate: pools: expected pooling names, got {kind}. {remedy}")
+    if not names or len(set(names)) != len(names) or not set(names) <= set(POOLS):
+        raise ValueError(
+            f"seer::pool_gate: pools: expected each of max, min, avg at most once, got {pools!r}. "
+            f"{remedy}"
+        )
+    return sum(POOLS[name] for name in names)
+
+
+def pool_gate(
+    x: Tensor,
+    weight: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    block: int = 64,
+    pools: str | Iterable[str] | int = "avg",
+) -> Tensor:
+    """Gate embedding of every block of q or k: pooling, per-head projection, RoPE, in one pass.
+
+    ``y[n, h] = rope_n(concat(max, min, avg of x over block n) @ weight[h])`` (SeerAttention,
+    section 3.1), with those of the three poolings that `pools` names, always in this order. The
+    last block pools the tokens that exist.
+
+    Args:
+        x: ``[batch, rows, heads, head_dim]``, bf16, fp16 or fp32: q or k before RoPE.
+        weight: ``[heads_out, n_pools * head_dim, gate_dim]`` of x's dtype, heads_out a multiple of
+            heads (output head h reads input head ``h // (heads_out / heads)``). None: the pooled
+            values themselves, gate_dim = n_pools * head_dim.
+        cos: fp32 ``[blocks, w]`` or ``[batch|1, blocks, w]`` at each block's first token, 2w <=
+            gate_dim: channels [0, 2w) rotate, channel c paired with c + w. With sin, or neither.
+        sin: Shape of cos.
+        block: Tokens per block.
+        pools: ``"avg"``, ``"maxminavg"``, ``["max", "avg"]`` or the bit set 1 max | 2 min | 4 avg.
+
+    Returns:
+        ``[batch, ceil(rows / block), heads_out, gate_dim]`` of x's dtype. Products and RoPE in
+        fp32, pooled values rounded to x's dtype before the product, one rounding at the end.
+
+    Differentiable in x and weight; max and min pass the gradient to the first element that
+    attains them.
+
+    Raises:
+        ValueError, TypeError: pools.
+        RuntimeError: refused by the op.
+    """
+    return torch.ops.seer.pool_gate(x, weight, cos, sin, block=block, pools=pool_bits(pools))
+
+
+def gate_scores(
+    q_gate: Tensor, k_gate: Tensor, *, scale: float | None = None, causal: bool = True
+) -> Tensor:
+    """Scores of every (query block, KV block) pair, for training and for looking at them.
+
+    ``A[h, i, j] = scale q_gate[i, h] . k_gate[j, h // (heads_q / heads_k)]``
+
+    Args:
+        q_gate: ``[batch, blocks_q, heads_q, gate_dim]``, from `pool_gate`.
+        k_gate: ``[batch, blocks_kv, heads_k, gate_dim]`` of q_gate's dtype; heads_k divides
+            heads_q.
+        scale: Default ``gate_dim ** -0.5``.
+        causal: Block i sees block j iff ``j <= i + blocks_kv - blocks_q``.
+
+    Returns:
+        fp32 ``[batch, heads_q, blocks_q, blocks_kv]``, -inf where not visible. Differentiable in
+        both embeddings; the gradient of a hidden score is dropped.
+
+    Raises:
+        RuntimeError: refused by the op.
+    """
+    return torch.ops.seer.gate_scores(q_gate, k_gate, scale=scale, causal=causal)
+
+
+def gate_select(
+    q_gate: Tensor,
+    k_gate: Tensor,
+    *,
+    method: Method = "threshold",
+    value: float,
+    scale: float | None = None,
+    causal: bool = True,
+    sink: int = 0,
+    local: int = 0,
+    dense_last_rows: int = 0,
+    block_q: int = 64,
+    block_kv: int = 64,
+    rows_q: int | None = None,
+    rows_kv: int | None = None,
+) -> BlockMask:
+    """From gate embeddings straight to a block mask; the score matrix is never kept in memory.
+
+    Args:
+        q_gate, k_gate, scale, causal: As in `gate_scores`.
+        method: How a row chooses among its visible blocks, by fp32 score, ties to the lower index:
+            ``"threshold"`` softmax probability > value; ``"topk"`` the int(value) best;
+            ``"density"`` the k best, k = max(1, floor((1 - sqrt(1 - value)) * blocks_kv)), which
+            keeps about `value` of the causal triangle; ``"topp"`` the smallest set of best blocks
+            whose softmax mass reaches value, at least one.
+        value: The parameter of the method.
+        sink: First blocks that every row keeps besides, where visible.
+        local: Last visible blocks that every row keeps besides; 1 is the diagonal.
+        dense_last_rows: Last query-block rows that keep every visible block (the reference
+            implementation's `last_block_dense` is 2).
+        block_q, block_kv: Tokens per block, noted in the mask.
+        rows_q, rows_kv: Tokens, noted in the mask; default: whole blocks.
+
+    Returns:
+        A `BlockMask` ``[batch, heads_q, blocks_q, blocks_kv]``. It never keeps a block that the
+        causal rule hides, nor a NaN score except by sink, local or dense_last_rows.
+
+    Raises:
+        ValueError: unknown method, value out of its range, or lengths that do not fit the blocks.
+        TypeError: value is not a number.
+        RuntimeError: refused by the op.
+    """
+    number, value = resolve_method("gate_select", method, value)
+    blocks_q, blocks_kv = q_gate.shape[1], k_gate.shape[1]
+    rows_q = blocks_q * block_q if rows_q is None else rows_q
+    rows_kv = blocks_kv * block_kv if rows_kv is None else rows_kv
+    for name, rows, block, blocks in (
+        ("rows_q", rows_q, block_q, blocks_q),
+        ("rows_kv", rows_kv, block_kv, blocks_kv),
+    ):
+        if ceil_div(rows, block) != blocks:
+            raise ValueError(
+                f"seer::gate_select: {name}: expected rows that make {blocks} blocks of {block}, "
+                f"got {rows}. Pass the token count that the embedding was pooled from."
+            )
+    bits = torch.ops.seer.gate_select(
+        q_gate,
+        k_gate,
+        scale=scale,
+        causal=causal,
+        method=number,
+        value=value,
+        sink=sink,
+        local=local,
+        dense_last_rows=dense_last_rows,
+    )
+    return BlockMask(bits, block_q, block_kv, rows_q, rows_kv, causal)

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The specification of every op, in float64 and in the most literal form we can write.
+
+Each function has the arguments and the results of the op of the same name in ``torch.ops.seer``;
+only the precision differs: inputs of any float type are converted to float64 first, and every
+result is float64 (masks: the same int32 bits). It shares no code with a kernel. It runs on any
+device, needs O(rows_q * rows_kv) memory, reads ``cu_seqlens`` on the host, and lets autograd
+through wherever the op has a gradient.
+
+Notation: query row r, key row c, query block i = r // block_q, KV block j = c // block_kv, query
+head h, KV head u = h // group.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+POOLS = (("max", 1), ("min", 2), ("avg", 4))
+THRESHOLD, TOPK, DENSITY, TOPP = range(4)
+WORD = 32
+
+
+# ------------------------------------------------------------------------------- block bits
+
+
+def pack_block_bits(mask: Tensor) -> Tensor:
+    """bool ``[..., blocks_kv]`` to int32 ``[..., ceil(blocks_kv / 32)]``.
+
+    Bit ``j % 32`` of word ``j // 32`` is ``mask[..., j]``; bits at or past blocks_kv are 0.
+    """
+    blocks_kv = mask.shape[-1]
+    words = -(-blocks_kv // WORD)
+    padded = mask.new_zeros(*mask.shape[:-1], words * WORD)
+    padded[..., :blocks_kv] = mask
+    place = torch.ones(WORD, dtype=torch.int64, device=mask.device) << torch.arange(
+        WORD, device=mask.device
+    )
+    unsigned = (padded.unflatten(-1, (words, WORD)).to(torch.int64) * place).sum(-1)
+    # Bit 31 is the sign of an int32: values from 2^31 on stand for negative numbers.
+    return torch.where(unsigned >= 2**31, unsigned - 2**32, unsigned).to(torch.int32)
+
+
+def unpack_block_bits(block_bits: Tensor, blocks_kv: int) -> Tensor:
+    """int32 ``[..., words]`` to bool ``[..., blocks_kv]``, the inverse of `pack_block_bits`."""
+    block = torch.arange(blocks_kv, device=block_bits.device)
+    word = block_bits.to(torch.int64)[..., block // WORD]
+    return ((word >> (block % WORD)) & 1).bool()
+
+
+def block_bits_from_indices(indices: Tensor, counts: Tensor, blocks_kv: int) -> Tensor:
+    """Block lists (``indices [..., capacity]``, ``counts [...]``, int32) to block bits.
+
+    Row ``x`` keeps block j iff j is among the first ``min(counts[x], capacity)`` entries of
+    ``indices[x]``. Any order, repeats are harmless, entries outside [0, blocks_kv) are ignored.
+    """
+    capacity = indices.shape[-1]
+    listed = torch.arange(capacity, device=indices.device) < counts[..., None]
+    block = torch.arange(blocks_kv, device=indices.device)
+    hits = (indices[..., None] == block) & listed[..., None]
+    return pack_block_bits(hits.any(dim=-2))
+
+
+# ------------------------------------------------------------------------------- visibility
+
+
+def token_visible(rows_q: int, rows_kv: int, causal: bool, device=None) -> Tensor:
+    """bool ``[rows_q, rows_kv]``: with causal, r sees c iff ``c <= r + rows_kv - rows_q``."""
+    r = torch.arange(rows_q, device=device)[:, None]
+    c = torch.arange(rows_kv, device=device)[None, :]
+    return (c <= r + rows_kv - rows_q) if causal else torch.ones_like(c <= r)
+
+
+def gate_visible(blocks_q: int, blocks_kv: int, causal: bool, device=None) -> Tensor:
+    """bool ``[blocks_q, blocks_kv]``: with causal, i sees j iff ``j <= i + blocks_kv - blocks_q``.
+
+    The rule of the gate: the same bottom-right alignment as `token_visible`, counted in blocks.
+    """
+    return token_visible(blocks_q, blocks_kv, causal, device)
+
+
+def reachable_blocks(
+    rows_q: int, rows_kv: int, block_q: int, block_kv: int, causal: bool, device=None
+) -> Tensor:
+    """bool ``[blocks_q, blocks_kv]``: the block holds at least one visible (r, c) pair."""
+    visible = token_visible(rows_q, rows_kv, causal, device)
+    return block_max(visible.to(torch.float64), block_q, block_kv) > 0
+
+
+def expand_blocks(mask: Tensor, block_q: int, block_kv: int, rows_q: int, rows_kv: int) -> Tensor:
+    """bool ``[..., blocks_q, blocks_kv]`` to tokens: the Kronecker product with ones, cut to size.
+
+    ``expanded[r, c] = mask[r // block_q, c // block_kv]``
+    """
+    i = torch.arange(rows_q, device=mask.device) // block_q
+    j = torch.arange(rows_kv, device=mask.device) // block_kv
+    return mask[..., i[:, None], j[None, :]]
+
+
+# -------------------------------------------------------------------------------- attention
+
+
+def block_sparse_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_bits: Tensor | None = None,
+    *,
+    block_q: int = 64,
+    block_kv: int = 64,
+    causal: bool = True,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    max_rows_q: int = 0,
+    max_rows_kv: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the visible keys of the kept blocks.
+
+    ``V(r) = {c : block (i, j) of (r, c) is kept, and c is visible to r}``
+    ``lse[r] = ln sum_{c in V(r)} exp(scale q_r . k_c)``
+    ``out[r] = sum_{c in V(r)} exp(scale q_r . k_c - lse[r]) v_c``
+
+    V(r) empty gives ``out[r] = 0``, ``lse[r] = -inf``. What lies outside V(r) has no influence
+    whatever it holds, NaN included. q ``[batch, rows_q, heads_q, head_dim]``, k and v
+    ``[batch, rows_kv, heads_kv, head_dim]``; lse ``[batch, heads_q, rows_q]``. Packed varlen: q
+    ``[total_q, heads_q, head_dim]``, k and v ``[total_kv, heads_kv, head_dim]``, lse
+    ``[heads_q, total_q]``, sequence n being rows ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``
+    clamped to ``[0, total]`` and to max_rows; rows of no sequence give 0 and -inf.
+    """
+    lengths = (cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv)
+    out, lse = _empty_outputs(q)
+    for n, at_q, at_kv in sequences(q, k, *lengths):
+        keep = None
+        if block_bits is not None:
+            keep = kept_tokens(block_bits, n, q[at_q], k[at_kv], block_q, block_kv)
+        out_n, lse_n, _ = _attend(q[at_q], k[at_kv], v[at_kv], keep, causal, scale)
+        out[at_q] = out_n
+        _lse_rows(lse, at_q).copy_(lse_n)
+    return out, lse
+
+
+def attn_pool(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_q: int = 64,
+    block_kv: int = 64,
+    causal: bool = True,
+    scale: float | None = None,
+    per_token: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    max_rows_q: int = 0,
+    max_rows_kv: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense attention and its block-pooled map (SeerAttention, Gao et al. 2024, section 3.2).
+
+    ``P[r, c] = exp(scale q_r . k_c - lse[r])`` for visible c, 0 elsewhere
+    ``pooled[i, j] = max_{r in block i, c in block j} P[r, c]``
+    per_token: ``pooled[r, j] = max_{c in block j} P[r, c]``
+
+    out and lse as `block_sparse_attn` without a mask. pooled ``[batch, heads_q, blocks_q,
+    blocks_kv]``, per_token ``[batch, heads_q, rows_q, blocks_kv]``, per_token and varlen
+    ``[heads_q, total_q, blocks_kv]``; 0 where a shorter sequence ends.
+    """
+    varlen = cu_seqlens_q is not None
+    lengths = (cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv)
+    heads = q.shape[-2]
+    rows_q, rows_kv = (max_rows_q, max_rows_kv) if varlen else (q.shape[1], k.shape[1])
+    batch = cu_seqlens_q.shape[0] - 1 if varlen else q.shape[0]
+    blocks_q, blocks_kv = -(-rows_q // block_q), -(-rows_kv // block_kv)
+    out, lse = _empty_outputs(q)
+    if not per_token:
+        pooled = out.new_zeros(batch, heads, blocks_q, blocks_kv)
+    elif varlen:
+        pooled = out.new_zeros(heads, q.shape[0], blocks_kv)
+    else:
+        pooled = out.new_zeros(batch, heads, rows_q, blocks_kv)
+
+    for n, at_q, at_kv in sequences(q, k, *lengths):
+        out_n, lse_n, prob = _attend(q[at_q], k[at_kv], v[at_kv], None, causal, scale)
+        out[at_q] = out_n
+        _lse_rows(lse, at_q).copy_(lse_n.detach())
+        map_n = block_max(prob.detach(), 1 if per_token else block_q, block_kv)
+        where = pooled[:, at_q] if per_token and varlen else pooled[n]
+        where[:, : map_n.shape[1], : map_n.shape[2]] = map_n
+    return out, lse, pooled
+
+
+def _attend(q, k, v, keep, causal, scale):
+    """One sequence: out ``[rows_q, heads, d]``, lse ``[heads, rows_q]``, P ``[heads, rows_q, c]``.
+
+    keep: bool ``[heads, rows_q, rows_kv]`` or None.
+    """
+    rows_q, heads_q, head_dim = q.shape
+    rows_kv, heads_kv = k.shape[:2]
+    u = torch.arange(heads_q, device=q.device) // max(1, heads_q // max(1, heads_kv))
+    q64 = q.to(torch.float64).transpose(0, 1)
+    k64 = k.to(torch.float64).transpose(0, 1)[u]
+    v64 = v.to(torch.float64).transpose(0, 1)[u]
+    scale = head_dim**-0.5 if scale is None else scale
+
+    seen = token_visible(rows_q, rows_kv, causal, q.device).expand(heads_q, rows_q, rows_kv)
+    if keep is not None:
+        seen = seen & keep
+    score = (scale * q64 @ k64.transpose(1, 2)).masked_fill(~seen, -math.inf)
+    empty = ~seen.any(-1)
+    # exp(s - top) / sum exp(s - top) is the softmax for any finite top; 0 serves empty rows.
+    top = score.detach().amax(-1) if rows_kv else score.new_zeros(heads_q, rows_q)
+    top = top.masked_fill(empty, 0.0)
+    weight = (score - top[..., None]).exp().masked_fill(~seen, 0.0)
+    mass = weight.sum(-1).masked_fill(empty, 1.0)
+    prob = weight / mass[..., None]
+    lse = (top + mass.log()).masked_fill(empty, -math.inf)
+
+    # sum over V(r) only: 0 * NaN would be NaN, so columns of v that are not finite are added
+    # one by one, to the rows that see them.
+    finite = v64.isfinite().all(-1)
+    out = prob @ v64.masked_fill(~finite[..., None], 0.0)
+    for head, c in (~finite & seen.any(1)).nonzero().tolist():
+        term = prob[head, :, c, None] * v64[head, c]
+        out[head] += term.masked_fill(~seen[head, :, c, None], 0.0)
+    return out.transpose(0, 1), lse, prob
+
+
+def kept_tokens(block_bits, n, q, k, block_q, block_kv):
+    """The mask of sequence n for every query head and token: ``[heads_q, rows_q, rows_kv]``."""
+    rows_q, heads_q = q.shape[:2]
+    rows_kv = k.shape[0]
+    batch, heads = block_bits.shape[:2]
+    bits = block_bits[n if batch > 1 else 0]
+    h = torch.arange(heads_q, device=q.device) // (heads_q // heads)
+    mask = unpack_block_bits(bits, -(-rows_kv // block_kv))[h]
+    return expand_blocks(mask, block_q, block_kv, rows_q, rows_kv)
+
+
+def sequences(q, k, cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv):
+    """Yields (n, index into q, index into k) of each sequence of the batch."""
+    if cu_seqlens_q is None:
+        for n in range(q.shape[0]):
+            yield n, n, n
+        return
+    spans = []
+    for cu, total, longest in (
+        (cu_seqlens_q, q.shape[0], max_rows_q),
+        (cu_seqlens_kv, k.shape[0], max_rows_kv),
+    ):
+        edge = [min(max(x, 0), total) for x in cu.tolist()]
+        spans.append([slice(a, a + min(max(b - a, 0), longest)) for a, b in pairwise(edge)])
+    for n, (at_q, at_kv) in enumerate(zip(*spans, strict=True)):
+        yield n, at_q, at_kv
+
+
+def _empty_outputs(q):
+    """What a row that belongs to nothing gets: out 0, lse -inf."""
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return out, out.new_full(shape, -math.inf)
+
+
+def _lse_rows(lse, at_q):
+    """The rows of lse ``[heads, rows]`` that belong to index at_q of the queries."""
+    return lse[:, at_q] if lse.dim() == 2 else lse[at_q]
+
+
+def block_max(x, block_q, block_kv):
+    """Maximum over blocks of ``[..., rows_q, rows_kv]``, x >= 0: ragged blocks are padded by 0."""
+    rows_q, rows_kv = x.shape[-2:]
+    blocks_q, blocks_kv = -(-rows_q // block_q), -(-rows_kv // block_kv)
+    padded = x.new_zeros(*x.shape[:-2], blocks_q * block_q, blocks_kv * block_kv)
+    padded[..., :rows_q, :rows_kv] = x
+    tiles = padded.unflatten(-1, (blocks_kv, block_kv)).unflatten(-3, (blocks_q, block_q))
+    return tiles.amax((-3, -1))
+
+
+# -------------------------------------------------------------------------------- the gate
+
+
+def pool_gate(
+    x: Tensor,
+    weight: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    block: int = 64,
+    pools: int = 4,
+) -> Tensor:
+    """Block pooling, per-head projection, RoPE (SeerAttention, section 3.1).
+
+    ``p[n] = concat(max_t x_t, min_t x_t, mean_t x_t)`` over the tokens t of block n that exist,
+    those of the three that `pools` names (1 max, 2 min, 4 avg), always in this order
+    ``g[n, h] = p[n, h // (heads_out / heads)] @ weight[h]``, or p itself without a weight
+    ``y[:w] = g[:w] cos[n] - g[w:2w] sin[n];  y[w:2w] = g[w:2w] cos[n] + g[:w] sin[n]``
+
+    with w = rot / 2 the width of cos and sin; channels from 2w on stay. x ``[batch, rows, heads,
+    head_dim]``, weight ``[heads_out, len(pools) * head_dim, gate_dim]``, cos and sin ``[blocks,
+    w]`` or ``[batch | 1, blocks, w]``. Returns ``[batch, blocks, heads_out, gate_dim]``.
+    """
+    x64 = x.to(torch.float64)
+    pooled = []
+    for start in range(0, x.shape[1], block):
+        tokens = x64[:, start : start + block]
+        kinds = {"max": tokens.amax(1), "min": tokens.amin(1), "avg": tokens.mean(1)}
+        pooled.append(torch.cat([kinds[name] for name, bit in POOLS if pools & bit], dim=-1))
+    width = x.shape[3] * pools.bit_count()
+    gate = torch.stack(pooled, 1) if pooled else x64.new_zeros(x.shape[0], 0, x.shape[2], width)
+    if weight is not None:
+        gate = gate.repeat_interleave(weight.shape[0] // x.shape[2], dim=2)
+        gate = torch.einsum("bnhi,hio->bnho", gate, weight.to(torch.float64))
+    if cos is None:
+        return gate
+    half = cos.shape[-1]
+    cos64, sin64 = (t.to(torch.float64).unsqueeze(-2) for t in (cos, sin))
+    first, second, rest = gate.split([half, half, gate.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos64 - second * sin64, second * cos64 + first * sin64, rest], dim=-1)
+
+
+def gate_scores(
+    q_gate: Tensor, k_gate: Tensor, *, scale: float | None = None, causal: bool = True
+) -> Tensor:
+    """``A[h, i, j] = scale q_gate[i, h] . k_gate[j, u]``, -inf where i does not see j.
+
+    q_gate ``[batch, blocks_q, heads_q, gate_dim]``, k_gate ``[batch, blocks_kv, heads_k,
+    gate_dim]``, u = h // (heads_q / heads_k). Returns ``[batch, heads_q, blocks_q, blocks_kv]``.
+    """
+    scale = q_gate.shape[-1] ** -0.5 if scale is None else scale
+    group = q_gate.shape[2] // k_gate.shape[2]
+    k64 = k_gate.to(torch.float64).repeat_interleave(group, dim=2)
+    score = scale * torch.einsum("bihd,bjhd->bhij", q_gate.to(torch.float64), k64)
+    seen = gate_visible(q_gate.shape[1], k_gate.shape[1], causal, q_gate.device)
+    return score.masked_fill(~seen, -math.inf)
+
+
+def select_blocks(
+    scores: Tensor,
+    *,
+    causal: bool = True,
+    method: int = THRESHOLD,
+    value: float = 0.0,
+    sink: int = 0,
+    local: int = 0,
+    dense_last_rows: int = 0,
+) -> Tensor:
+    """The selection rule on given scores: bool ``[..., blocks_q, blocks_kv]``.
+
+    Candidates of row i are the visible blocks with a score that is not NaN;
+    ``p = softmax(score)`` over the candidates; rank 0 is the highest score, ties to the lower
+    index.
+
+    threshold ``p > value``;  topk ``rank < int(value)``;  density ``rank < k`` with
+    ``k = max(1, floor((1 - sqrt(1 - value)) blocks_kv))``;  topp ``mass of the ranks before <
+    value`` or rank 0: the smallest set whose mass reaches value.
+
+    Then also kept, where visible: the first `sink` blocks, the last `local` visible blocks of
+    the row, and every block of the last `dense_last_rows` rows.
+    """
+    blocks_q, blocks_kv = scores.shape[-2:]
+    seen = gate_visible(blocks_q, blocks_kv, causal, scores.device)
+    candidate = seen & ~scores.isnan()
+    score = scores.masked_fill(~candidate, -math.inf)
+    order = score.sort(dim=-1, descending=True, stable=True).indices
+    rank = order.argsort(-1)
+    prob = score.softmax(-1).masked_fill(~candidate, 0.0)
+
+    if method == THRESHOLD:
+        kept = prob > value
+    elif method == TOPK:
+        kept = rank < int(value)
+    elif method == DENSITY:
+        kept = rank < max(1, math.floor((1.0 - math.sqrt(1.0 - value)) * blocks_kv))
+    else:
+        descending = prob.gather(-1, order)
+        before = (descending.cumsum(-1) - descending).gather(-1, rank)
+        kept = (before < value) | (rank == 0)
+    kept = kept & candidate
+
+    i = torch.arange(blocks_q, device=scores.device)[:, None]
+    j = torch.arange(blocks_kv, device=scores.device)[None, :]
+    last = i + blocks_kv - blocks_q if causal else torch.full_like(i, blocks_kv - 1)
+    forced = (j < sink) | (j > last - local) | (i >= blocks_q - dense_last_rows)
+    return kept | (forced & seen)
+
+
+def gate_select(q_gate: Tensor, k_gate: Tensor, *, scale=None, causal=True, **rule) -> Tensor:
+    """`gate_scores`, then `select_blocks` with `rule`, packed: int32 ``[batch, heads_q, blocks_q,
+    ceil(blocks_kv / 32)]``."""
+    scores = gate_scores(q_gate, k_gate, scale=scale, causal=causal)
+    return pack_block_bits(select_blocks(scores, causal=causal, **rule))

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which blocks to keep: rules on score maps, and masks that need no scores.
+
+`seer_cuda.gate_select` applies the same rules straight from gate embeddings. The functions here
+take any score map that fits in memory (the oracle: pooled attention probabilities), or none
+(attention sink + local window, random), and all return a `BlockMask` on the scores' device without
+a host synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from seer_cuda import _gate_math
+from seer_cuda.block_mask import BlockMask, ceil_div
+
+#: Names of the selection rules and their numbers in ``torch.ops.seer.gate_select``.
+METHODS: dict[str, int] = {
+    "threshold": _gate_math.THRESHOLD,
+    "topk": _gate_math.TOP_K,
+    "density": _gate_math.DENSITY,
+    "topp": _gate_math.TOP_P,
+}
+
+
+def resolve_method(op: str, method: str, value: float) -> tuple[int, float]:
+    """The number of a rule and its value, checked.
+
+    Args:
+        op: Name of the caller, for the error text.
+        method: One of `METHODS`.
+        value: threshold: softmax probability >= 0; topk: blocks per row, a whole number >= 1;
+            density: kept share of the causal triangle in (0, 1]; topp: softmax mass in (0, 1].
+
+    Raises:
+        ValueError: unknown method, or a value outside its range.
+        TypeError: value is not a number.
+    """
+    if method not in METHODS:
+        raise ValueError(
+            f"seer::{op}: method: expected one of {', '.join(METHODS)}, got {method!r}. Choose one."
+        )
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"seer::{op}: value: expected a number, got {type(value).__name__}. "
+            "Pass a Python float."
+        )
+    contract = {
+        "threshold": ("a probability of at least 0", 0 <= value < math.inf),
+        "topk": ("a whole number of blocks, at least 1", value >= 1 and value % 1 == 0),
+        "density": ("a density in (0, 1]", 0 < value <= 1),
+        "topp": ("a softmax mass in (0, 1]", 0 < value <= 1),
+    }
+    expected, fits = contract[method]
+    if not fits:
+        raise ValueError(
+            f"seer::{op}: value: expected {expected} for method {method!r}, got {value}. "
+            "See seer_cuda.gate_select for the methods and their values."
+        )
+    return METHODS[method], float(value)
+
+
+def density_to_k(density: float, blocks_kv: int) -> int:
+    """Blocks per row whose causal top-k mask keeps about `density` of the visible blocks.
+
+    ``k = max(1, floor((1 - sqrt(1 - density)) * blocks_kv))``: with the same k for every row, the
+    lower triangle of n x n blocks keeps ``k n - k (k - 1) / 2`` of its ``n (n + 1) / 2`` blocks
+    (SeerAttention's `nz_ratio`).
+    """
+    resolve_method("density_to_k", "density", density)
+    return _gate_math.blocks_of_density(density, blocks_kv)
+
+
+def from_scores(
+    scores: Tensor,
+    method: str,
+    value: float,
+    *,
+    causal: bool = True,
+    probabilities: bool = False,
+    sink: int = 0,
+    local: int = 0,
+    dense_last_rows: int = 0,
+    block_q: int = 64,
+    block_kv: int = 64,
+    rows_q: int | None = None,
+    rows_kv: int | None = None,
+) -> BlockMask:
+    """The mask that a selection rule makes of a score map.
+
+    Args:
+        scores: float ``[batch|1, heads, blocks_q, blocks_kv]``. NaN is never selected.
+        method, value: The rule; see `seer_cuda.gate_select`.
+        causal: Block j is a candidate of row i iff ``j <= i + blocks_kv - blocks_q``.
+        probabilities: False: scores are logits and go through a softmax over the candidates.
+            True: they are used as they are, e.g. `attn_pool`'s map for the oracle selection; topp
+            then wants rows that sum to 1 (`seer_cuda.distill.target_prefill`).
+        sink: First blocks of a row that are always kept (where visible).
+        local: Last visible blocks of a row that are always kept; 1 is the diagonal.
+        dense_last_rows: Last query-block rows that keep every visible block.
+        block_q, block_kv: Tokens per block.
+        rows_q, rows_kv: Tokens; default: whole blocks.
+
+    Raises:
+        ValueError: unknown method, value out of range, scores not 4-D.
+    """
+    number, value = resolve_method("from_scores", method, value)
+    if scores.dim() != 4:
+        raise ValueError(
+            "seer::from_scores: scores: expected [batch, heads, blocks_q, blocks_kv], got "
+            f"{list(scores.shape)}. Add the missing dimensions."
+        )
+    blocks_q, blocks_kv = scores.shape[2:]
+    visible = _gate_math.block_visible(blocks_q, blocks_kv, causal, scores.device)
+    kept = _gate_math.select_scores(scores, visible, number, value, probabilities)
+    kept = kept | _gate_math.forced_blocks(visible, blocks_q, sink, local, dense_last_rows)
+    return BlockMask.from_dense(kept, block_q, block_kv, rows_q, rows_kv, causal)
+
+
+def _no_blocks(
+    rows_q: int, rows_kv: int, block_q: int, block_kv: int, causal: bool, device: object
+) -> BlockMask:
+    words = ceil_div(ceil_div(rows_kv, block_kv), 32)
+    bits = torch.zeros((1, 1, ceil_div(rows_q, block_q), words), dtype=torch.int32, device=device)
+    return BlockMask(bits, block_q, block_kv, rows_q, rows_kv, causal)
+
+
+def sink_local(
+    rows_q: int,
+    rows_kv: int,
+    *,
+    sink: int = 1,
+    local: int = 1,
+    dense_last_rows: int = 0,
+    block_q: int = 64,
+    block_kv: int = 64,
+    causal: bool = True,
+    device: torch.device | str | None = None,
+) -> BlockMask:
+    """Attention sink + local window (StreamingLLM, Xiao et al. 2023): ``[1, 1, ...]``, any model.
+
+    Args:
+        rows_q, rows_kv: Tokens.
+        sink: First blocks that every row keeps, where visible.
+        local: Last visible blocks that every row keeps; 1 is the diagonal.
+        dense_last_rows: Last query-block rows that keep every visible block.
+        block_q, block_kv, causal: As in `BlockMask`.
+        device: Where the mask is made.
+    """
+    empty = _no_blocks(rows_q, rows_kv, block_q, block_kv, causal, device)
+    kept = _gate_math.forced_blocks(
+        empty.causal_visible(), empty.blocks_q, sink, local, dense_last_rows
+    )
+    return BlockMask.from_dense(kept[None, None], block_q, block_kv, rows_q, rows_kv, causal)
+
+
+def random_blocks(
+    rows_q: int,
+    rows_kv: int,
+    density: float,
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    local: int = 1,
+    block_q: int = 64,
+    block_kv: int = 64,
+    causal: bool = True,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> BlockMask:
+    """A random baseline: every row keeps ``round(density * visible)`` of its visible blocks.
+
+    Args:
+        rows_q, rows_kv: Tokens.
+        density: Kept share of each row's visible blocks, in [0, 1].
+        batch, heads: Shape of the mask.
+        local: Last visible blocks that every row keeps, counted in the density (rows keep at
+            least these); 1 is the diagonal.
+        block_q, block_kv, causal: As in `BlockMask`.
+        generator: Source of randomness, on `device`.
+        device: Where the mask is made.
+
+    Raises:
+        ValueError: density outside [0, 1].
+    """
+    if not 0 <= density <= 1:
+        raise ValueError(
+            f"seer::random_blocks: density: expected a share in [0, 1], got {density}. Choose one."
+        )
+    empty = _no_blocks(rows_q, rows_kv, block_q, block_kv, causal, device)
+    visible = empty.causal_visible()
+    shape = (batch, heads, *visible.shape)
+    forced = _gate_math.forced_blocks(
+        visible, empty.blocks_q, sink=0, local=local, dense_last_rows=0
+    )
+    draw = torch.rand(shape, generator=generator, device=empty.device)
+    # Forced blocks rank before, hidden ones after every other.
+    draw = draw.masked_fill(forced, -1.0).masked_fill(~visible, 2.0)
+    rank = draw.argsort(dim=-1, stable=True).argsort(dim=-1)
+    count = (visible.sum(-1, keepdim=True) * density).round()
+    kept = ((rank < count) | forced) & visible
+    return BlockMask.from_dense(kept, block_q, block_kv, rows_q, rows_kv, causal)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drives CMake; sources, architectures and flags live in CMakeLists.txt.
+
+Environment: ``SEER_ARCHS`` ("80;90a"), ``SEER_CUDA`` (AUTO, ON, OFF), ``CMAKE_ARGS`` (anything else),
+``MAX_JOBS`` (parallel compilers).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Configures, builds and installs both binaries into the package folder."""
+
+    def run(self):
+        # Editable installs put the binaries beside the sources; wheels take them from build_lib.
+        prefix = ROOT if self.editable_mode else Path(self.build_lib).resolve()
+        build = ROOT / "build" / f"cp{sys.version_info[0]}{sys.version_info[1]}"
+        options = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
+        for name in ("SEER_ARCHS", "SEER_CUDA"):
+            if os.environ.get(name):
+                options.append(f"-D{name}={os.environ[name]}")
+        options += os.environ.get("CMAKE_ARGS", "").split()
+        jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
+        for command in (
+            ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options],
+            ["cmake", "--build", str(build), *jobs],
+            ["cmake", "--install", str(build), "--prefix", str(prefix)],
+        ):
+            print("+", *command, flush=True)
+            subprocess.run(command, check=True)
+
+    def get_outputs(self):
+        package = Path(self.build_lib) / "seer_cuda"
+        return [str(path) for path in package.glob("*.so")]
+
+
+setup(
+    # Marks the wheel as platform-specific; CMake builds the real files.
+    ext_modules=[Extension("seer_cuda._core", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
