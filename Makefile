@@ -46,17 +46,17 @@ gpu-check: in-place
 bench: in-place
 	$(gpu_python) -m bench.record --no-tests
 
-.PHONY: in-place
+.PHONY: in-place own-python
 in-place:
-	@if [ "$(gpu_python)" = "$(abspath $(python))" ]; then \
-	  $(MAKE) --no-print-directory $(VENV)/.stamp-test; \
-	else \
-	  set -ex; build="$$($(PYTHON) tools/build_dir.py)"; \
-	  cmake -S . -B "$$build" -G Ninja -DPython_EXECUTABLE="$(gpu_python)" \
-	    $(if $(SEER_ARCHS),-DSEER_ARCHS="$(SEER_ARCHS)") $(CMAKE_ARGS); \
-	  cmake --build "$$build" $(if $(MAX_JOBS),-j$(MAX_JOBS)); \
-	  cmake --install "$$build" --prefix .; \
-	fi
+	$(MAKE) --no-print-directory \
+	  $(if $(filter $(abspath $(python)),$(gpu_python)),$(VENV)/.stamp-test,own-python)
+
+own-python: build = $(shell $(PYTHON) tools/build_dir.py)
+own-python:
+	cmake -S . -B $(build) -G Ninja -DPython_EXECUTABLE="$(gpu_python)" \
+	  $(if $(SEER_ARCHS),-DSEER_ARCHS="$(SEER_ARCHS)") $(CMAKE_ARGS)
+	cmake --build $(build) $(if $(MAX_JOBS),-j$(MAX_JOBS))
+	cmake --install $(build) --prefix .
 
 lint: $(VENV)/.stamp-dev
 	@set -x; bad=0; \
@@ -81,7 +81,8 @@ clean:
 
 # Stamps. The package is installed editable: tests, demo and benchmarks see the tree as it is, and
 # only a change of native code builds again.
-$(VENV)/.stamp-base: tools/setup_env.sh tools/build_requirements.py cmake/build_backend.py pyproject.toml
+$(VENV)/.stamp-base: tools/setup_env.sh tools/build_requirements.py \
+    cmake/build_backend.py pyproject.toml
 	tools/setup_env.sh "$(VENV)"
 	touch $@
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drives CMake; sources, architectures and flags live in CMakeLists.txt.
 
-Environment: ``SEER_ARCHS`` ("80;90a"), ``SEER_CUDA`` (AUTO, ON, OFF), ``CMAKE_ARGS`` (anything else),
+Environment: ``SEER_ARCHS`` ("80;90a"), ``SEER_CUDA`` (AUTO, ON, OFF), ``CMAKE_ARGS`` (all else),
 ``MAX_JOBS`` (parallel compilers).
 """
 
@@ -24,9 +24,9 @@ class CMakeBuild(build_ext):
         prefix = ROOT if self.editable_mode else Path(self.build_lib).resolve()
         build = ROOT / "build" / f"cp{sys.version_info[0]}{sys.version_info[1]}"
         options = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
-        for name in ("SEER_ARCHS", "SEER_CUDA"):
-            if os.environ.get(name):
-                options.append(f"-D{name}={os.environ[name]}")
+        # Always given: a value from an earlier build in this folder must not linger.
+        options.append(f"-DSEER_ARCHS={os.environ.get('SEER_ARCHS', '80;90a')}")
+        options.append(f"-DSEER_CUDA={os.environ.get('SEER_CUDA', 'AUTO')}")
         options += os.environ.get("CMAKE_ARGS", "").split()
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
         for command in (

@@ -9,10 +9,7 @@ if(SEER_CUDA STREQUAL "OFF")
 endif()
 
 if(NOT CMAKE_CUDA_COMPILER)
-  execute_process(
-    COMMAND "${Python_EXECUTABLE}" -c
-      "import importlib.util as u; s = u.find_spec('nvidia'); print(';'.join(s.submodule_search_locations) if s else '')"
-    OUTPUT_VARIABLE wheel_roots OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  python_package_dirs(wheel_roots nvidia)
   set(wheel_dirs "")
   foreach(root IN LISTS wheel_roots)
     file(GLOB found "${root}/cu1[3-9]/bin")
@@ -50,8 +47,8 @@ if(EXISTS "${nvcc_root}/lib/libcudart_static.a" AND NOT EXISTS "${nvcc_root}/lib
   set(ENV{LIBRARY_PATH} "${nvcc_root}/lib:$ENV{LIBRARY_PATH}")
 endif()
 enable_language(CUDA)
-# CMake 3.25 does not know nvcc 13's C++20 mode: it drops CMAKE_CUDA_STANDARD 20 and would append its
-# own default, -std=c++17. No default, then, and the flag by hand.
+# CMake 3.25 does not know nvcc 13's C++20 mode: it drops CMAKE_CUDA_STANDARD 20 and would append
+# its own default, -std=c++17. No default, then, and the flag by hand.
 set(CMAKE_CUDA_STANDARD_DEFAULT "")
 set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS} -std=c++20")
 

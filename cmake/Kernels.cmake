@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The CUDA kernels: sources, architectures and flags, and the ptxas report.
 if(NOT SEER_CUTLASS_DIR)
-  execute_process(
-    COMMAND "${Python_EXECUTABLE}" -c
-      "import importlib.util as u; s = u.find_spec('cutlass_library'); print(s.submodule_search_locations[0] if s else '')"
-    OUTPUT_VARIABLE cutlass_package OUTPUT_STRIP_TRAILING_WHITESPACE)
+  python_package_dirs(cutlass_package cutlass_library)
   set(SEER_CUTLASS_DIR "${cutlass_package}/source/include" CACHE PATH "" FORCE)
 endif()
 if(NOT EXISTS "${SEER_CUTLASS_DIR}/cute/tensor.hpp")
@@ -30,7 +27,8 @@ target_sources(seer_kernels PRIVATE
   csrc/common/varlen_fill.cu
   csrc/block_sparse_attn/launch.cpp
   ${SEER_VARIANT_SOURCES})
-target_include_directories(seer_kernels SYSTEM PRIVATE "${SEER_CUTLASS_DIR}")
+target_include_directories(seer_kernels SYSTEM PRIVATE
+  "${SEER_CUTLASS_DIR}" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 set_target_properties(seer_kernels PROPERTIES
   CUDA_ARCHITECTURES "${portable_archs}"
   CUDA_VISIBILITY_PRESET hidden
@@ -46,12 +44,8 @@ set(kernel_logs "")
 set(object_dir "${CMAKE_CURRENT_BINARY_DIR}/CMakeFiles/seer_kernels.dir")
 foreach(source IN ITEMS csrc/block_bits/block_bits.cu csrc/common/varlen_fill.cu
                         ${SEER_VARIANT_SOURCES})
-  file(RELATIVE_PATH in_build "${CMAKE_CURRENT_BINARY_DIR}" "${source}")
-  if(IS_ABSOLUTE "${source}")
-    list(APPEND kernel_logs "${object_dir}/${in_build}.o.ptxas")
-  else()
-    list(APPEND kernel_logs "${object_dir}/${source}.o.ptxas")
-  endif()
+  string(REPLACE "${CMAKE_CURRENT_BINARY_DIR}/" "" relative "${source}")
+  list(APPEND kernel_logs "${object_dir}/${relative}.o.ptxas")
 endforeach()
 add_custom_command(
   OUTPUT "${resources}" "${CMAKE_CURRENT_BINARY_DIR}/ptxas.json"

@@ -2,10 +2,7 @@
 # torch_stable: headers and libraries of the installed torch, for the stable ABI only.
 # find_package(Torch) would demand a CUDA toolkit that matches torch's; a stable-ABI library needs
 # neither that nor C++ ABI flags.
-execute_process(
-  COMMAND "${Python_EXECUTABLE}" -c
-    "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
-  OUTPUT_VARIABLE torch_dir OUTPUT_STRIP_TRAILING_WHITESPACE)
+python_package_dirs(torch_dir torch)
 if(NOT EXISTS "${torch_dir}/include/torch/csrc/stable/ops.h")
   message(FATAL_ERROR "seer_cuda: torch >= 2.11 was not found for ${Python_EXECUTABLE} "
                       "(looked in '${torch_dir}'). Install torch first, then build with "

@@ -71,9 +71,7 @@ def attention(
         seen = reference.token_visible(qh.shape[1], kh.shape[1], causal, q.device)
         seen = seen.expand(len(qh), -1, -1)
         if block_bits is not None:
-            seen = seen & reference.kept_tokens(
-                block_bits, n, q[at_q], k[at_kv], block_q, block_kv
-            )
+            seen = seen & reference.kept_tokens(block_bits, n, q[at_q], k[at_kv], block_q, block_kv)
         score = (qh @ kh.transpose(1, 2) * scale).masked_fill(~seen, -math.inf)
         if score.numel() == 0:
             probs.append(torch.zeros_like(score))
@@ -97,24 +95,24 @@ def attention(
         safe_k = kh.masked_fill(~kh.isfinite(), 0.0)
         sizes = (qh.abs() @ safe_k.abs().transpose(1, 2)) * abs(scale)
         bound = max(bound, float(sizes.masked_fill(~seen, 0.0).nan_to_num(0.0).max()))
-    return AttentionBaseline(
-        out, lse, score_error(bound, q.shape[-1]), spread, mass, peak, probs
-    )
+    return AttentionBaseline(out, lse, score_error(bound, q.shape[-1]), spread, mass, peak, probs)
 
 
 def score_error(bound: float, terms: int) -> float:
-    """Bound of the error of a dot product of `terms` terms accumulated in fp32.
+    """Bound of the error of a dot product of `terms` terms accumulated in fp32, in any order.
 
-    bound is the largest ``scale sum |q_d k_d|``. Roundings of the sum grow as sqrt(terms); four
-    more are for scale, log2(e), the difference to the running maximum and exp2 itself.
+    bound is the largest ``scale sum |q_d k_d|``. Each of the terms - 1 additions rounds by at most
+    2^-24 of the sum so far (Higham 2002, section 3.1; equal terms do come close to it). Four more
+    ulp are for scale, log2(e), the difference to the running maximum and exp2 itself.
     """
-    return EPS32 * (math.sqrt(terms) + 4) * bound + FAST_MATH
+    return EPS32 * (terms / 2 + 4) * bound + FAST_MATH
 
 
 def pooled_map(base: AttentionBaseline, block_q: int, block_kv: int, shape, per_token=False):
     """The map of attn_pool from base.prob, in the layout of the op without varlen."""
-    maps = [reference.block_max(p.double(), 1 if per_token else block_q, block_kv)
-            for p in base.prob]
+    maps = [
+        reference.block_max(p.double(), 1 if per_token else block_q, block_kv) for p in base.prob
+    ]
     return torch.stack(maps).float() if maps else torch.zeros(shape)
 
 

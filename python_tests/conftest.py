@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Markers, seeds, the GPU line of the header, and the count of what was skipped and why.
+"""Seeds, the GPU line of the header, and the count of what was skipped and why.
 
 SEER_TEST_SEED=<int>  base of every test's seed (default 0)
 SEER_SLOW=1           also run tests marked slow
@@ -13,18 +13,8 @@ from collections import Counter
 import pytest
 import torch
 
-MARKERS = (
-    "gpu: needs a CUDA device",
-    "slow: needs much memory or time, run with SEER_SLOW=1",
-    "reduced: small cases, the subset that runs under compute-sanitizer",
-)
 _executed_gpu = 0
 _skips: Counter = Counter()
-
-
-def pytest_configure(config):
-    for marker in MARKERS:
-        config.addinivalue_line("markers", marker)
 
 
 def pytest_report_header(config):

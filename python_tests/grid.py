@@ -13,9 +13,7 @@ def pairwise(axes: dict[str, tuple], *, core: tuple[str, ...] = (), copies: int 
     """
     rng = random.Random(seed)
     names = list(axes)
-    open_pairs = {
-        (a, x, b, y) for a, b in combinations(names, 2) for x in axes[a] for y in axes[b]
-    }
+    open_pairs = {(a, x, b, y) for a, b in combinations(names, 2) for x in axes[a] for y in axes[b]}
 
     def pairs(case):
         return {(a, case[a], b, case[b]) for a, b in combinations(names, 2)}

@@ -75,7 +75,7 @@ def sample(form: str, device: str = "cpu", rows: int = 150, *, grad: bool = Fals
         return op, (mask,), {}
     if name == "unpack_block_bits":
         return op, (torch.ops.seer.pack_block_bits(mask), 70), {}
-    order = (~mask).to(torch.int32).argsort(-1, stable=True).to(torch.int32)
+    order = (~mask).to(torch.int32).argsort(dim=-1, stable=True).to(torch.int32)
     return op, (order, mask.sum(-1).to(torch.int32), 70), {}
 
 

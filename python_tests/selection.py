@@ -37,7 +37,8 @@ def bounds(
     slack = math.expm1(2 * delta) + (numerics.EPS32 * math.sqrt(blocks_kv) if delta else 0.0)
 
     if method == reference.THRESHOLD:
-        must, may = prob * (1 - slack) > value, prob * (1 + slack) > value
+        tiny = numerics.FLUSH[torch.float32]  # a probability below it may be 0 in fp32
+        must, may = prob * (1 - slack) - tiny > value, prob * (1 + slack) > value
     else:
         # m ranks before j for sure, and possibly. NaN and invisible blocks rank before nothing.
         ahead = score[..., None, :] - score[..., :, None]  # [..., j, m]: score_m - score_j

@@ -1,22 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """seer_cuda.BlockMask: conversions both ways, what it says about itself, what it refuses."""
 
+import itertools
 import warnings
 
 import attention
 import inputs
 import patterns
 import pytest
-import seer_cuda
 import torch
-from seer_cuda import BlockMask, reference
 from torch.nn.attention import flex_attention
+
+import seer_cuda
+from seer_cuda import BlockMask, reference
 
 CONTRACT = r"seer::.+: expected .+, got .+"
 
 
-def make(name="random_50", rows=(300, 500), blocks=(64, 128), batch=2, heads=3, causal=True,
-         device="cpu", seed=0):  # fmt: skip
+def make(
+    name="random_50",
+    rows=(300, 500),
+    blocks=(64, 128),
+    batch=2,
+    heads=3,
+    causal=True,
+    device="cpu",
+    seed=0,
+):
     counts = [attention.ceil_div(r, b) for r, b in zip(rows, blocks, strict=True)]
     dense = patterns.pattern(name, batch, heads, *counts, seed).to(device)
     return dense, BlockMask.from_dense(dense, *blocks, *rows, causal=causal)
@@ -98,7 +108,9 @@ def token_mask(mask, heads_q):
 @pytest.mark.parametrize("rows", [(256, 256), (300, 300), (130, 400), (300, 100)])
 def test_to_flex_means_the_same(device, rows, causal, seed):
     """Blocks of the flex mask cover the kept ones, and its mask_mod is the token mask."""
-    dense, mask = make("random_50", rows, (64, 64), heads=2, causal=causal, device=device, seed=seed)
+    dense, mask = make(
+        "random_50", rows, (64, 64), heads=2, causal=causal, device=device, seed=seed
+    )
     flex = mask.to_flex()
     assert tuple(flex.BLOCK_SIZE) == (64, 64) and tuple(flex.seq_lengths) == rows
     seen = reference.reachable_blocks(*rows, 64, 64, causal, device)
@@ -109,11 +121,9 @@ def test_to_flex_means_the_same(device, rows, causal, seed):
     ]
     assert torch.equal(flex.mask_mod(*args).expand(2, 2, *rows), token_mask(mask, 2))
     full = torch.zeros_like(dense)
-    for at in full[..., 0].nonzero().tolist() or [
-        [b, h, i] for b in range(2) for h in range(2) for i in range(full.shape[2])
-    ]:
-        count = int(flex.full_kv_num_blocks[tuple(at)])
-        full[tuple(at)][flex.full_kv_indices[tuple(at)][:count].long()] = True
+    for b, h, i in itertools.product(range(2), range(2), range(dense.shape[2])):
+        count = int(flex.full_kv_num_blocks[b, h, i])
+        full[b, h, i, flex.full_kv_indices[b, h, i, :count].long()] = True
     tokens = reference.expand_blocks(full, 64, 64, *rows)
     assert (token_mask(mask, 2) | ~tokens).all(), "a full block holds a hidden token"
 
@@ -121,8 +131,9 @@ def test_to_flex_means_the_same(device, rows, causal, seed):
 @pytest.mark.parametrize("rows", [(256, 256), (130, 400)])
 def test_flex_attention_gives_the_same_result(rows, seed):
     _, mask = make("sink_local", rows, (64, 64), batch=1, heads=2, seed=seed)
-    q, k, v = inputs.qkv("normal", rows_q=rows[0], rows_kv=rows[1], heads_q=2, heads_kv=2,
-                         seed=seed)  # fmt: skip
+    q, k, v = inputs.qkv(
+        "normal", rows_q=rows[0], rows_kv=rows[1], heads_q=2, heads_kv=2, seed=seed
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # eager flex_attention advises to compile
         out = flex_attention.flex_attention(
@@ -187,18 +198,18 @@ def test_validate_accepts_a_right_mask(device):
 
 def test_validate_names_every_mistake(device):
     dense, mask = make("full", (300, 300), (64, 64), device=device)
-    with pytest.raises(ValueError, match="seer::.*causal"):
+    with pytest.raises(ValueError, match=r"seer::.*causal"):
         mask.validate()
     seen = reference.reachable_blocks(300, 300, 64, 64, True, device)
     bits = reference.pack_block_bits(dense & seen)
     stray = patterns.with_stray_bits(bits, 5)
-    with pytest.raises(ValueError, match="seer::.*blocks_kv=5"):
+    with pytest.raises(ValueError, match=r"seer::.*blocks_kv=5"):
         BlockMask(stray, 64, 64, 300, 300).validate()
-    with pytest.raises(ValueError, match="seer::.*block_bits"):
+    with pytest.raises(ValueError, match=r"seer::.*block_bits"):
         BlockMask(bits, 64, 64, 400, 300).validate()
-    with pytest.raises(ValueError, match="seer::.*block_bits"):
+    with pytest.raises(ValueError, match=r"seer::.*block_bits"):
         BlockMask(bits, 64, 64, 300, 5000).validate()
-    with pytest.raises(ValueError, match="seer::.*heads"):
+    with pytest.raises(ValueError, match=r"seer::.*heads"):
         BlockMask(bits, 64, 64, 300, 300).validate(heads_q=8, heads_kv=4)
 
 

@@ -5,9 +5,10 @@ import attention
 import inputs
 import pytest
 import samples
-import seer_cuda
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+
+import seer_cuda
 
 
 @pytest.fixture(autouse=True)
@@ -23,16 +24,19 @@ def assert_same(expected, actual):
 
 
 @pytest.mark.parametrize("form", samples.FORMS)
+@torch.fx.experimental._config.patch(use_duck_shape=False)  # sizes that are equal by chance
 def test_one_graph_for_all_lengths(device, form, seed):
     """Fullgraph, dynamic: the second and third length reuse the first compilation."""
     counter = CompileCounterWithBackend("aot_eager")
     op, args, kwargs = samples.sample(form, device, seed=seed)
     compiled = torch.compile(op, backend=counter, fullgraph=True, dynamic=True)
     assert_same(op(*args, **kwargs), compiled(*args, **kwargs))
+    # Not always 1: dynamo starts over once when a float such as value=0.05 is an input.
+    first = counter.frame_count
     for rows in (210, 333):
         _, args, kwargs = samples.sample(form, device, rows, seed=seed)
         assert_same(op(*args, **kwargs), compiled(*args, **kwargs))
-    assert counter.frame_count == 1, f"{counter.frame_count} graphs for three lengths"
+    assert counter.frame_count == first, "another length was compiled again"
 
 
 def gated_attention(gate, q, k, v):
@@ -103,8 +107,9 @@ def test_gradients_through_compile(device, seed):
         scores = seer_cuda.gate_scores(gate, gate)
         return scores.masked_fill(scores.isinf(), 0.0).sum()
 
-    x = inputs.qkv("normal", rows_q=200, rows_kv=1, heads_q=2, dtype=torch.bfloat16,
-                   device=device, seed=seed)[0]  # fmt: skip
+    x = inputs.qkv(
+        "normal", rows_q=200, rows_kv=1, heads_q=2, dtype=torch.bfloat16, device=device, seed=seed
+    )[0]
     grads = []
     for function in (score, torch.compile(score, backend="aot_eager", fullgraph=True)):
         a = x.clone().requires_grad_()

@@ -6,13 +6,15 @@ import math
 import inputs
 import pytest
 import torch
-from seer_cuda import attn_pool, distill, reference
 from torch.nn import functional as F
+
+from seer_cuda import attn_pool, distill, reference
 
 
 def pooled_map(per_token=False, rows=200, seed=0):
-    q, k, v = inputs.qkv("normal", rows_q=rows, rows_kv=rows, batch=2, heads_q=4, heads_kv=2,
-                         head_dim=16, seed=seed)  # fmt: skip
+    q, k, v = inputs.qkv(
+        "normal", rows_q=rows, rows_kv=rows, batch=2, heads_q=4, heads_kv=2, head_dim=16, seed=seed
+    )
     return attn_pool(q, k, v, per_token=per_token)[2]
 
 

@@ -4,6 +4,7 @@
 import inputs
 import pytest
 import torch
+
 from seer_cuda import AttnGate, GateConfig, reference
 
 POOL_SETS = ("max", "min", "avg", "maxmin", "maxavg", "minavg", "maxminavg")
@@ -31,9 +32,17 @@ def literal_scores(gate, q, k, first_positions, theta=10000.0):
 
 
 def model_inputs(config, rows=200, batch=1, seed=0, dtype=torch.float32):
-    return inputs.qkv("normal", rows_q=rows, rows_kv=rows, batch=batch, heads_q=config.heads_q,
-                      heads_kv=config.heads_kv, head_dim=config.head_dim, dtype=dtype,
-                      seed=seed)[:2]  # fmt: skip
+    return inputs.qkv(
+        "normal",
+        rows_q=rows,
+        rows_kv=rows,
+        batch=batch,
+        heads_q=config.heads_q,
+        heads_kv=config.heads_kv,
+        head_dim=config.head_dim,
+        dtype=dtype,
+        seed=seed,
+    )[:2]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,9 +79,13 @@ def test_a_narrow_gate_is_double(seed):
 
 @pytest.mark.parametrize(
     "heads_q, heads_kv, shape",
-    [(32, 8, [32, 384, 128]), (64, 8, [64, 384, 128]), (28, 4, [28, 384, 128]),
-     (40, 8, [40, 384, 128])],
-)  # fmt: skip
+    [
+        (32, 8, [32, 384, 128]),
+        (64, 8, [64, 384, 128]),
+        (28, 4, [28, 384, 128]),
+        (40, 8, [40, 384, 128]),
+    ],
+)
 def test_shapes_of_the_released_checkpoints(heads_q, heads_kv, shape):
     gate = AttnGate(GateConfig(heads_q, heads_kv, 128), device="meta")
     assert {k: list(x.shape) for k, x in gate.state_dict().items()} == {
@@ -154,8 +167,9 @@ def test_frequencies_of_the_model_and_scaling():
     torch.testing.assert_close(sin[2], 1.5 * (128 * inv_freq).sin())
 
 
-@pytest.mark.parametrize("method, value", [("threshold", 0.05), ("topk", 2), ("density", 0.5),
-                                           ("topp", 0.7)])  # fmt: skip
+@pytest.mark.parametrize(
+    "method, value", [("threshold", 0.05), ("topk", 2), ("density", 0.5), ("topp", 0.7)]
+)
 def test_select(method, value, seed):
     torch.manual_seed(seed)
     gate = AttnGate(GateConfig(4, 2, 16, gate_dim=16, init_std=1.0))

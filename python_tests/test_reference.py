@@ -62,8 +62,12 @@ def test_sparse_equals_loops(name, rows, causal, seed):
     for h in range(4):
         want = loop_attention(
             *(x[0, :, h // n].double() for x, n in ((q, 1), (k, 2), (v, 2))),
-            mask[0, h // 2], 16, 8, causal, 0.3,
-        )  # fmt: skip
+            mask[0, h // 2],
+            16,
+            8,
+            causal,
+            0.3,
+        )
         torch.testing.assert_close(out[0, :, h], want[0], **CLOSE)
         torch.testing.assert_close(lse[0, h], want[1], **CLOSE)
 
@@ -76,15 +80,20 @@ def test_two_keys_by_hand():
     torch.testing.assert_close(out[0, 0, 0], torch.tensor([3.0, 2.0]).double(), atol=1e-6, rtol=0)
     assert lse.item() == pytest.approx(math.log(4.0), abs=1e-6)
     *_, pooled = reference.attn_pool(q, k, v, scale=1.0, block_kv=1, block_q=1)
-    torch.testing.assert_close(pooled[0, 0, 0], torch.tensor([0.75, 0.25]).double(), **CLOSE | {"atol": 1e-6})
+    torch.testing.assert_close(
+        pooled[0, 0, 0], torch.tensor([0.75, 0.25]).double(), **CLOSE | {"atol": 1e-6}
+    )
 
 
 def test_causal_is_aligned_to_the_bottom_right():
     seen = reference.token_visible(2, 4, True)
     assert seen.tolist() == [[True, True, True, False], [True] * 4]
     assert reference.token_visible(4, 2, True).tolist() == [
-        [False, False], [False, False], [True, False], [True, True]
-    ]  # fmt: skip
+        [False, False],
+        [False, False],
+        [True, False],
+        [True, True],
+    ]
 
 
 def test_empty_rows_are_zero_and_minus_infinity():

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shapes and dtypes of the ops without their data, for torch.compile, torch.export and meta.
 
-Sizes may be symbolic: only arithmetic here, no comparison that would pin one down. Values and
-contracts are checked by the ops themselves, at run time and in one place.
+Sizes may be symbolic: only arithmetic here, no comparison that would pin one down. Contracts are
+checked by the ops themselves, at run time and in one place; only devices are compared here too,
+because a call that mixes in a meta tensor ends up here and must not pass for a meta call.
 """
 
 from __future__ import annotations
@@ -17,6 +18,15 @@ _BITS_PER_WORD = 32
 
 def _ceil_div(count: int, size: int) -> int:
     return (count + size - 1) // size
+
+
+def _same_device(op: str, name: str, first: Tensor, **others: Tensor | None) -> None:
+    for other, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise RuntimeError(
+                f"seer::{op}: {other}: expected a tensor on {first.device} (the device of {name}), "
+                f"got {tensor.device}. Move it with .to({name}.device)."
+            )
 
 
 def _lse(q: Tensor) -> Tensor:
@@ -49,6 +59,8 @@ def _block_sparse_attn(
     max_rows_q=0,
     max_rows_kv=0,
 ):
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
+    _same_device("block_sparse_attn", "q", q, k=k, v=v, block_bits=block_bits, **lengths)
     return q.new_empty(q.shape), _lse(q)
 
 
@@ -68,6 +80,8 @@ def _attn_pool(
     max_rows_q=0,
     max_rows_kv=0,
 ):
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
+    _same_device("attn_pool", "q", q, k=k, v=v, **lengths)
     lse = _lse(q)
     blocks_q, blocks_kv = _blocks(q, k, block_q, block_kv, max_rows_q, max_rows_kv)
     if per_token:
@@ -99,6 +113,7 @@ def _attn_pool_backward(
 
 @torch.library.register_fake("seer::pool_gate")
 def _pool_gate(x, weight=None, cos=None, sin=None, *, block=64, pools=4):
+    _same_device("pool_gate", "x", x, weight=weight, cos=cos, sin=sin)
     batch, rows, heads, head_dim = x.shape
     gate_dim = pool_count(pools) * head_dim
     if weight is not None:
@@ -115,6 +130,7 @@ def _pool_gate_backward(grad, x, weight, cos, sin, *, block, pools, need_x, need
 
 @torch.library.register_fake("seer::gate_scores")
 def _gate_scores(q_gate, k_gate, *, scale=None, causal=True):
+    _same_device("gate_scores", "q_gate", q_gate, k_gate=k_gate)
     batch, blocks_q, heads_q, _ = q_gate.shape
     shape = (batch, heads_q, blocks_q, k_gate.shape[1])
     return q_gate.new_empty(shape, dtype=torch.float32)
@@ -133,6 +149,7 @@ def _gate_select(
     local=0,
     dense_last_rows=0,
 ):
+    _same_device("gate_select", "q_gate", q_gate, k_gate=k_gate)
     batch, blocks_q, heads_q, _ = q_gate.shape
     words = _ceil_div(k_gate.shape[1], _BITS_PER_WORD)
     return q_gate.new_empty((batch, heads_q, blocks_q, words), dtype=torch.int32)
@@ -151,5 +168,6 @@ def _unpack_block_bits(block_bits, blocks_kv):
 
 @torch.library.register_fake("seer::block_bits_from_indices")
 def _block_bits_from_indices(indices, counts, blocks_kv):
+    _same_device("block_bits_from_indices", "indices", indices, counts=counts)
     words = _ceil_div(blocks_kv, _BITS_PER_WORD)
     return indices.new_empty((*indices.shape[:-1], words), dtype=torch.int32)

@@ -248,21 +248,37 @@ def select_scores(
     probabilities: scores are used as they are, not through a softmax.
     """
     candidate = visible & ~scores.isnan()
-    scores = scores.masked_fill(~candidate, -torch.inf)
+    # The floor ranks candidates with a score of -inf before everything that is no candidate.
+    floor = torch.finfo(scores.dtype).min
+    scores = scores.clamp_min(floor).masked_fill(~candidate, -torch.inf)
     if method in (TOP_K, DENSITY):
         k = int(value) if method == TOP_K else blocks_of_density(value, scores.shape[-1])
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
         return torch.zeros_like(candidate).scatter_(-1, best, True) & candidate
-    mass = scores if probabilities else scores.softmax(-1)
-    mass = mass.masked_fill(~candidate, 0)
+    mass = scores if probabilities else _softmax(scores, candidate)
     if method == THRESHOLD:
         return (mass > value) & candidate
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     # Fixed point: integer sums do not depend on their order, so the result is reproducible.
-    sorted_mass = (mass.gather(-1, order).to(torch.float64) * _MASS_ONE).to(torch.int64)
-    kept = sorted_mass.cumsum(-1) - sorted_mass < math.ceil(value * _MASS_ONE)
+    ranked = mass.masked_fill(~candidate, 0).gather(-1, order).to(torch.float64)
+    ranked = (ranked * _MASS_ONE).to(torch.int64)
+    before = (ranked.cumsum(-1) - ranked).to(torch.float64) / _MASS_ONE
+    # Compared in fp32 like the probabilities: 1/10 of the mass must not exceed a value of 0.1.
+    kept = before.to(torch.float32) < value
     kept[..., :1] = True
     return torch.zeros_like(candidate).scatter_(-1, order, kept) & candidate
+
+
+def _softmax(scores: Tensor, candidate: Tensor) -> Tensor:
+    """Softmax over the candidates, 0 elsewhere, also where all candidates are -inf.
+
+    Scores equal to the maximum weigh 1 even if it is infinite: an overflow of the gate shares the
+    mass instead of spreading NaN.
+    """
+    top = scores.amax(-1, keepdim=True)
+    weight = (scores - top).exp().masked_fill(scores == top, 1).masked_fill(~candidate, 0)
+    total = weight.sum(-1, keepdim=True, dtype=torch.float64).to(scores.dtype)
+    return weight / total.clamp_min(1)
 
 
 def forced_blocks(

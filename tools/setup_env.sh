@@ -11,7 +11,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:?VENV}
 python=${PYTHON:-python3}
-good_torch='import torch; v = torch.__version__.split("."); assert (int(v[0]), int(v[1])) >= (2, 11)'
+good_torch='import torch
+major, minor = torch.__version__.split(".")[:2]
+assert (int(major), int(minor)) >= (2, 11)'
 
 say() { printf '== %s\n' "$*"; }
 

@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(kThreads) pack(const __grid_constant__ PackBlo
 #pragma unroll 8
     for (int i = 0; i < 32; ++i) {
       const int64_t block = place.word * 32 + lane();
-      const bool kept = place.row < p.rows && block < p.blocks_kv &&
-                        p.mask[place.row * p.blocks_kv + block] != 0;
+      const bool kept =
+          place.row < p.rows && block < p.blocks_kv && p.mask[place.row * p.blocks_kv + block] != 0;
       const unsigned word = __ballot_sync(kAllLanes, kept);
       if (lane() == i) mine = word;
       place.advance();
@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kThreads) pack(const __grid_constant__ PackBlo
   }
 }
 
-__global__ void __launch_bounds__(kThreads) unpack(const __grid_constant__ UnpackBlockBitsParams p) {
+__global__ void __launch_bounds__(kThreads)
+    unpack(const __grid_constant__ UnpackBlockBitsParams p) {
   // Only the words that hold a block count; rows may have more.
   const int64_t words = (p.blocks_kv + 31) / 32, total = p.rows * words;
   for (int64_t base = first_warp() * 32; base < total; base += warp_stride() * 32) {

@@ -23,8 +23,7 @@ Status pack_block_bits_cpu(const PackBlockBitsParams& params, const ParallelFor&
       for (int64_t word = 0; word < words; ++word) {
         const int64_t count = std::min<int64_t>(32, params.blocks_kv - word * 32);
         uint32_t bits = 0;
-        for (int64_t i = 0; i < count; ++i)
-          bits |= (mask[word * 32 + i] != 0 ? 1u : 0u) << i;
+        for (int64_t i = 0; i < count; ++i) bits |= (mask[word * 32 + i] != 0 ? 1u : 0u) << i;
         params.bits[row * words + word] = static_cast<int32_t>(bits);
       }
     }

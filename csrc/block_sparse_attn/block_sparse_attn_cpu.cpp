@@ -5,8 +5,7 @@
 
 namespace seer {
 
-Status block_sparse_attn_cpu(const BlockSparseAttnParams& params,
-                             const ParallelFor& parallel_for) {
+Status block_sparse_attn_cpu(const BlockSparseAttnParams& params, const ParallelFor& parallel_for) {
   return cpu::attention(params, cpu::PooledMap{}, parallel_for);
 }
 

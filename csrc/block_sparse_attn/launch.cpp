@@ -46,9 +46,9 @@ Status check_view(const char* name, const void* data, int64_t batch_stride, int6
                  {"head", head_stride, one_head}};
   for (const auto& s : strides) {
     if (!s.unused && s.stride % 8 != 0) {
-      return Status::invalid(argument + ": expected strides that are multiples of 8 elements, got " +
-                             s.name + " stride " + std::to_string(s.stride) +
-                             ". Make a contiguous copy.");
+      return Status::invalid(argument +
+                             ": expected strides that are multiples of 8 elements, got " + s.name +
+                             " stride " + std::to_string(s.stride) + ". Make a contiguous copy.");
     }
   }
   if (!one_row && (row_stride < 0 || row_stride > kMaxStride)) {
@@ -66,17 +66,18 @@ Status check_rows(const char* name, int64_t rows) {
 
 Status check(const BlockSparseAttnParams& p) {
   if (p.heads_kv <= 0 || p.heads_q % p.heads_kv != 0) {
-    return Status::invalid("k: expected heads_kv that divides heads_q = " +
-                           std::to_string(p.heads_q) + ", got " + std::to_string(p.heads_kv) +
-                           ". Give every KV head the same number of query heads.");
+    return Status::invalid(
+        "k: expected heads_kv that divides heads_q = " + std::to_string(p.heads_q) + ", got " +
+        std::to_string(p.heads_kv) + ". Give every KV head the same number of query heads.");
   }
   if (!std::isfinite(p.scale)) {
     return Status::invalid("scale: expected a finite number, got " + std::to_string(p.scale) +
                            ". Leave it out for head_dim^-0.5.");
   }
   if ((p.cu_seqlens_q == nullptr) != (p.cu_seqlens_kv == nullptr)) {
-    return Status::invalid("cu_seqlens_kv: expected cu_seqlens_q and cu_seqlens_kv together, got "
-                           "one of them. Pass both or neither.");
+    return Status::invalid(
+        "cu_seqlens_kv: expected cu_seqlens_q and cu_seqlens_kv together, got "
+        "one of them. Pass both or neither.");
   }
   for (const auto& [name, rows] : {std::pair{"q", p.rows_q}, std::pair{"k", p.rows_kv}}) {
     if (Status status = check_rows(name, rows); !status.ok()) return status;
@@ -86,8 +87,8 @@ Status check(const BlockSparseAttnParams& p) {
   const bool one_q = (varlen ? p.total_q : p.rows_q) <= 1;
   const bool one_kv = (varlen ? p.total_kv : p.rows_kv) <= 1;
   const auto view = [&](const char* name, const auto& v, bool one_row, int heads) {
-    return check_view(name, v.data, v.batch_stride, v.row_stride, v.head_stride, one_batch,
-                      one_row, heads == 1);
+    return check_view(name, v.data, v.batch_stride, v.row_stride, v.head_stride, one_batch, one_row,
+                      heads == 1);
   };
   if (Status s = view("q", p.q, one_q, p.heads_q); !s.ok()) return s;
   if (Status s = view("k", p.k, one_kv, p.heads_kv); !s.ok()) return s;

@@ -5,7 +5,7 @@
 // Shape  A CTA owns one query block (kTileQ = 64 or 128 rows) of one head; each of its warps owns
 //        32 of the rows. It visits the kept KV tiles of 64 rows, last to first, so that the tiles
 //        that need masking (causal diagonal, ragged end) come first.
-// Loop   (one K/V stage: K and V have one buffer each, and each loads while the other is in use)
+// Loop   (K and V have one buffer each, and each loads while the other is in use)
 //          tile = walk.next();  load Q, K[tile]
 //          while tile:
 //            wait K[tile]; barrier          # everybody is done with the previous V
@@ -15,11 +15,12 @@
 //            tile = walk.next();  load K[tile]
 //            out += exp2(S - reference) V   # exp2 interleaved with the products
 //          out / sum -> shared memory -> 16-byte stores; lse
-//        With two stages, K and V of the next tile load together and the second barrier goes away.
+//        Two buffers each would save a barrier per tile, but cost the 64-row tile two of its four
+//        CTAs per SM and measured 2 to 3 % slower on 128-row tiles (docs/perf_notes.md).
 //
 // Never read: K/V rows past the end of the sequence (filled with zeros), tiles that are not kept or
-// lie beyond the causal diagonal. Inside a kept tile a masked column has P = 0, but 0 * V is NaN if V
-// is Inf or NaN there: as in dense attention, rows that are in a visited tile must be finite.
+// lie beyond the causal diagonal. Inside a kept tile a masked column has P = 0, but 0 * V is NaN if
+// V is Inf or NaN there: as in dense attention, V rows of a visited tile must be finite.
 #pragma once
 
 #include <cstdint>
@@ -84,9 +85,9 @@ struct ThreadCopy {
 // Normalises a warp's output, passes it through the warp's own Q rows in shared memory (no other
 // warp reads those) to whole 128-byte lines, and stores the log-sum-exp.
 template <class Traits>
-__device__ __forceinline__ void store_output(WarpTile<Traits>& warp_tile,
-                                             const Sm80Parked& parked, int64_t row_stride,
-                                             char* smem_rows, int warp, int lane) {
+__device__ __forceinline__ void store_output(WarpTile<Traits>& warp_tile, const Sm80Parked& parked,
+                                             int64_t row_stride, char* smem_rows, int warp,
+                                             int lane) {
   using Tile = typename Traits::TileQ;
   uint16_t* out = parked.out + warp * Traits::kWarpRows * row_stride;
   float* lse = parked.lse + warp * Traits::kWarpRows;
@@ -122,7 +123,7 @@ __device__ __forceinline__ void store_output(WarpTile<Traits>& warp_tile,
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kTuning.min_ctas)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     block_sparse_attn_sm80(const __grid_constant__ Sm80Params p) {
   extern __shared__ __align__(1024) char smem[];
   const TilePlace place(p);
@@ -146,8 +147,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTuning.min_ctas)
                       kv_start * p.v_row_stride;
 
   // Row r of the tile sees columns [0, min(first_limit + r, rows_kv)). Tiles from first_masked on
-  // hold columns that some row does not see. A negative scale makes every tile take the masked path,
-  // which also negates the scores.
+  // hold columns that some row does not see. A negative scale makes every tile take the masked
+  // path, which also negates the scores.
   const int first_limit = p.causal ? first_row + rows_kv - rows_q + 1 : rows_kv;
   const int tile_rows = min(rows_q - first_row, Traits::kTileQ);
   const int visible = max(min(first_limit + tile_rows - 1, rows_kv), 0);
@@ -181,56 +182,38 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTuning.min_ctas)
   const LaneOffsets lane_offsets(lane);
   constexpr int kWarpBytes = Traits::kWarpRows * Traits::TileQ::kRowBytes;
   const uint32_t smem_q = smem_address(smem), smem_warp_q = smem_q + warp * kWarpBytes;
-  const uint32_t smem_kv = smem_q + Traits::kSmemKv;
+  const uint32_t smem_k = smem_q + Traits::kSmemK, smem_v = smem_q + Traits::kSmemV;
   const ThreadCopy<Traits, typename Traits::TileQ, Traits::kTileQ> copy_q;
   const ThreadCopy<Traits, typename Traits::TileKv, Traits::kTileKv> copy_kv;
-  const auto load_k = [&](uint32_t at, int tile) {
-    copy_kv.load(at, parked->k, p.k_row_stride, tile * Traits::kTileKv, parked->rows_kv);
+  const auto load_k = [&](int tile) {
+    copy_kv.load(smem_k, parked->k, p.k_row_stride, tile * Traits::kTileKv, parked->rows_kv);
   };
-  const auto load_v = [&](uint32_t at, int tile) {
-    copy_kv.load(at + Traits::kSmemV, parked->v, p.v_row_stride, tile * Traits::kTileKv, parked->rows_kv);
+  const auto load_v = [&](int tile) {
+    copy_kv.load(smem_v, parked->v, p.v_row_stride, tile * Traits::kTileKv, parked->rows_kv);
   };
 
   const auto next_tile = [&] { return walk.next(parked->bits, p.two_tiles_per_block); };
   int tile = next_tile();
   copy_q.load(smem_q, q, p.q_row_stride, first_row, rows_q);
-  if (tile >= 0) {
-    load_k(smem_kv, tile);
-    if constexpr (Traits::kStages == 2) load_v(smem_kv, tile);
-  }
+  if (tile >= 0) load_k(tile);
 
   WarpTile<Traits> warp_tile;
-  int stage = 0;  // byte offset of the stage that holds the current tile
   while (tile >= 0) {
     cp_async_wait_all();
     __syncthreads();
-    int next = -1;
-    if constexpr (Traits::kStages == 2) {
-      next = next_tile();
-      if (next >= 0) {
-        const uint32_t other = smem_kv + (Traits::kStageBytes - stage);
-        load_k(other, next);
-        load_v(other, next);
-      }
-    } else {
-      load_v(smem_kv, tile);
-    }
-    warp_tile.multiply_qk(smem_warp_q, smem_kv + stage, lane_offsets);
+    load_v(tile);
+    warp_tile.multiply_qk(smem_warp_q, smem_k, lane_offsets);
     if (tile >= parked->first_masked) {
       warp_tile.mask(tile * Traits::kTileKv, p.score_sign, lane,
                      parked->first_limit + warp * Traits::kWarpRows, parked->rows_kv);
     }
     warp_tile.update_softmax(p.scale_log2);
     warp_tile.begin_probabilities(p.scale_log2);
-    if constexpr (Traits::kStages == 1) {
-      cp_async_wait_all();
-      __syncthreads();
-      next = next_tile();
-      if (next >= 0) load_k(smem_kv, next);
-    }
-    warp_tile.multiply_pv(smem_kv + stage + Traits::kSmemV, lane_offsets, p.scale_log2);
-    tile = next;
-    if constexpr (Traits::kStages == 2) stage = Traits::kStageBytes - stage;
+    cp_async_wait_all();
+    __syncthreads();
+    tile = next_tile();
+    if (tile >= 0) load_k(tile);
+    warp_tile.multiply_pv(smem_v, lane_offsets, p.scale_log2);
   }
 
   // No tile: Q may still be in flight into the rows that the output is about to use.

@@ -70,8 +70,8 @@ cudaError_t prepare_sm80_kernel() {
   const uint64_t bit = uint64_t{1} << (device % 64);
   if (device < 64 && (prepared.load(std::memory_order_acquire) & bit) != 0) return cudaSuccess;
   const auto kernel = &dev::block_sparse_attn_sm80<Traits>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           Traits::kSmemBytes);
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSmemBytes);
   if (error != cudaSuccess) return error;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                cudaSharedmemCarveoutMaxShared);

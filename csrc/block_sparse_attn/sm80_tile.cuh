@@ -61,7 +61,7 @@ struct WarpTile {
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
-          const uint32_t(&b)[4] = k_frag[unit % 2][pair];
+          const uint32_t (&b)[4] = k_frag[unit % 2][pair];
           const int n = unit % 2 * 4 + pair * 2;
           mma_16x8x16<Element>(scores[m][n], q_frag[m], b[0], b[1]);
           mma_16x8x16<Element>(scores[m][n + 1], q_frag[m], b[2], b[3]);
@@ -103,7 +103,7 @@ struct WarpTile {
         maxima[i] = fmaxf(maxima[i], fmaxf(scores[m][n][e], scores[m][n][e + 1]));
       }
     }
-    if (!softmax.template raise<Traits::kTuning.slack_log2>(maxima, scale_log2, shrink)) return;
+    if (!softmax.template raise<Traits::kSlackLog2>(maxima, scale_log2, shrink)) return;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -116,14 +116,13 @@ struct WarpTile {
 
   // P = exp2(scores - reference) of the first 16 columns; multiply_pv makes the others.
   __device__ __forceinline__ void begin_probabilities(float scale_log2) {
-    constexpr int kFirst = Traits::kTuning.interleave ? 8 : 8 * (kScoreTiles / 2);
 #pragma unroll
-    for (int piece = 0; piece < kFirst; ++piece) make_probabilities(piece, scale_log2);
+    for (int piece = 0; piece < 8; ++piece) make_probabilities(piece, scale_log2);
   }
 
   // out += P V. `v`: shared address of the V tile. One ldmatrix (16 V rows, 16 columns) feeds four
   // products. Between them, two probabilities of the next 16 columns are made, so that the
-  // special-function unit and the tensor core of a warp work at the same time.
+  // special-function unit and the tensor core of a warp work at the same time (worth 2 %).
   __device__ __forceinline__ void multiply_pv(uint32_t v, const LaneOffsets& lane,
                                               float scale_log2) {
     constexpr int kPairs = kOutTiles / 2;
@@ -138,14 +137,14 @@ struct WarpTile {
       const int next = unit + kAhead;
       if (next < kUnits) load_v<kPairs>(v_frag[next % (kAhead + 1)], v, next, v_lane);
       const int step = unit / kPairs, pair = unit % kPairs;
-      if (Traits::kTuning.interleave && step + 1 < kScoreTiles / 2) {
+      if (step + 1 < kScoreTiles / 2) {
         constexpr int kPieces = 8 / kPairs;
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
           make_probabilities(8 * (step + 1) + kPieces * pair + i, scale_log2);
         }
       }
-      const uint32_t(&b)[4] = v_frag[unit % (kAhead + 1)];
+      const uint32_t (&b)[4] = v_frag[unit % (kAhead + 1)];
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         mma_16x8x16<Element>(out[m][2 * pair], probs_[m][step], b[0], b[1]);
@@ -160,7 +159,7 @@ struct WarpTile {
   __device__ __forceinline__ void make_probabilities(int piece, float scale_log2) {
     const int step = piece / 8, m = piece / 4 % 2, r = piece % 4;
     const int row = 2 * m + r % 2;
-    float(&pair)[4] = scores[m][2 * step + r / 2];
+    float (&pair)[4] = scores[m][2 * step + r / 2];
     const int e = 2 * (r % 2);
     const float low = softmax.weigh(pair[e], scale_log2, row);
     const float high = softmax.weigh(pair[e + 1], scale_log2, row);

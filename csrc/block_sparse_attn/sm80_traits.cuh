@@ -14,38 +14,22 @@
 
 namespace seer {
 
-// What was tuned by measurement rather than fixed by the shape.
-struct Sm80Tuning {
-  int stages;        // K/V pairs in shared memory. 1: K and V take turns, 2 barriers per tile; 2: 1
-  int min_ctas;      // CTAs per SM that registers are budgeted for
-  int slack_log2;    // see OnlineSoftmax: how far a row may outgrow its reference
-  bool interleave;   // exp2 of the next 16 columns between the products of these
-};
-
-constexpr Sm80Tuning sm80_default_tuning(int head_dim, int block_q) {
-  if (head_dim == 128) return block_q == 64 ? Sm80Tuning{1, 4, 8, true} : Sm80Tuning{2, 2, 8, true};
-  return block_q == 64 ? Sm80Tuning{1, 4, 8, true} : Sm80Tuning{2, 2, 8, true};
-}
-
 // What a CTA computes at its start and needs again only at its end or in masked tiles. It waits in
 // shared memory: through the loop, every register is taken.
 struct Sm80Parked {
   const uint32_t* bits;   // of the query block
   const uint16_t *k, *v;  // first row of the sequence
-  uint16_t* out;    // first row of the tile
+  uint16_t* out;          // first row of the tile
   float* lse;
-  int rows_kv;      // of the sequence
-  int rows;         // rows of the tile that exist
+  int rows_kv;       // of the sequence
+  int rows;          // rows of the tile that exist
   int first_masked;  // first KV tile in which some row does not see every column
-  int first_limit;  // row r of the tile sees columns below min(first_limit + r, rows_kv)
+  int first_limit;   // row r of the tile sees columns below min(first_limit + r, rows_kv)
 };
 
-template <BlockSparseAttnKey kKey,
-          Sm80Tuning kTune = sm80_default_tuning(kKey.head_dim, kKey.block_q)>
+template <BlockSparseAttnKey kKey>
 struct Sm80Traits {
-  using Element =
-      std::conditional_t<kKey.dtype == DType::kBFloat16, __nv_bfloat16, __half>;
-  static constexpr Sm80Tuning kTuning = kTune;
+  using Element = std::conditional_t<kKey.dtype == DType::kBFloat16, __nv_bfloat16, __half>;
 
   static constexpr int kHeadDim = kKey.head_dim;
   static constexpr int kTileQ = kKey.block_q;
@@ -58,14 +42,17 @@ struct Sm80Traits {
   static constexpr int kWarpRows = 32;
   static constexpr int kWarps = kTileQ / kWarpRows;
   static constexpr int kThreads = kWarps * 32;
+  // Eight warps per SM, two per scheduler, leave each thread 255 registers; CTAs that take turns
+  // in the tensor cores hide each other's softmax and copies.
+  static constexpr int kMinCtas = 8 / kWarps;
+  // See OnlineSoftmax: how far a row may outgrow its reference. 0 costs 3 % (docs/perf_notes.md).
+  static constexpr int kSlackLog2 = 8;
 
   using TileQ = dev::SmemTile<kTileQ, kHeadDim>;
   using TileKv = dev::SmemTile<kTileKv, kHeadDim>;
-  static constexpr int kStages = kTune.stages;
-  static constexpr int kSmemV = TileKv::kBytes;  // V behind K in a stage
-  static constexpr int kStageBytes = 2 * TileKv::kBytes;
-  static constexpr int kSmemKv = TileQ::kBytes;  // the stages behind Q
-  static constexpr int kSmemParked = TileQ::kBytes + kStages * kStageBytes;
+  static constexpr int kSmemK = TileQ::kBytes;
+  static constexpr int kSmemV = kSmemK + TileKv::kBytes;
+  static constexpr int kSmemParked = kSmemV + TileKv::kBytes;
   static constexpr int kSmemBytes = kSmemParked + sizeof(Sm80Parked);
 
   static_assert(kKey.sm == 80, "these are the traits of the sm80 kernel");
@@ -89,13 +76,13 @@ struct Sm80Params {
   int64_t bits_batch_stride, bits_head_stride, bits_row_stride;
   int64_t total_q, total_kv;
   int q_row_stride, k_row_stride, v_row_stride, out_row_stride;
-  int rows_q, rows_kv;          // varlen: the longest
+  int rows_q, rows_kv;  // varlen: the longest
   int tiles_q, heads_kv, group;
-  int heads_per_bits;           // query heads that share one row of bits
-  bool two_tiles_per_block;     // block_kv is twice tile_kv
+  int heads_per_bits;        // query heads that share one row of bits
+  bool two_tiles_per_block;  // block_kv is twice tile_kv
   bool causal;
-  float scale_log2;             // |scale| * log2(e), never 0
-  float score_sign;             // -1 if scale is negative: scores are negated before the softmax
+  float scale_log2;  // |scale| * log2(e), never 0
+  float score_sign;  // -1 if scale is negative: scores are negated before the softmax
 };
 
 }  // namespace seer

@@ -20,12 +20,12 @@ struct BlockSparseAttnKey {
   int head_dim;
   int block_q;
   int tile_kv;
-  int threads;     // this and smem_bytes are asserted to be the kernel's own
+  int threads;  // this and smem_bytes are asserted to be the kernel's own
   int smem_bytes;
 };
 
 constexpr DType dtype_named(std::string_view name) {
-  return name == "bfloat16" ? DType::kBFloat16
+  return name == "bfloat16"  ? DType::kBFloat16
          : name == "float16" ? DType::kFloat16
                              : DType::kFloat32;
 }

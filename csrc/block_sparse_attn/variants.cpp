@@ -39,8 +39,9 @@ std::string explain(const BlockSparseAttnParams& params, int sm) {
                      std::to_string(params.block_kv) + ".";
   std::vector<BlockSparseAttnVariant> rows = block_sparse_attn_variants();
   if (rows.empty()) {
-    return text + " This build has no CUDA kernels: rebuild it where nvcc is found, or use CPU "
-                  "tensors.";
+    return text +
+           " This build has no CUDA kernels: rebuild it where nvcc is found, or use CPU "
+           "tensors.";
   }
   std::stable_sort(rows.begin(), rows.end(), [&](const auto& a, const auto& b) {
     return distance(a, params, sm) < distance(b, params, sm);

@@ -12,17 +12,17 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// `x`, of which the compiler no longer knows that it never changes. Values computed from it inside a
-// loop are then computed there: a few instructions instead of registers held through the loop.
+// `x`, of which the compiler no longer knows that it never changes. Values computed from it inside
+// a loop are then computed there: a few instructions instead of registers held through the loop.
 template <class T>
 __device__ __forceinline__ T recompute_from(T x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// Copies the 16 bytes at global + kByteOffset past L1 (each K/V line is used once per CTA), or writes
-// 16 zero bytes without touching global memory if `valid` is false. The offset is
-// a template argument so that it ends up inside the instruction, not in an address register.
+// Copies the 16 bytes at global + kByteOffset past L1 (each K/V line is used once per CTA), or
+// writes 16 zero bytes without touching global memory if `valid` is false. The offset is a template
+// argument so that it ends up inside the instruction, not in an address register.
 template <int kByteOffset>
 __device__ __forceinline__ void cp_async_16(uint32_t smem, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;

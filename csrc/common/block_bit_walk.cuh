@@ -70,10 +70,10 @@ class BlockBitWalk {
     return double_bits(__ldg(words + index / 2) >> (index % 2 * 16));
   }
 
-  int first_tile_;         // of the word being walked
-  uint32_t page_word_;     // this lane's word of the page
-  uint32_t nonempty_;      // words of the page not yet walked that hold a bit
-  uint32_t current_ = 0;   // bits of the word being walked, not yet walked
+  int first_tile_;        // of the word being walked
+  uint32_t page_word_;    // this lane's word of the page
+  uint32_t nonempty_;     // words of the page not yet walked that hold a bit
+  uint32_t current_ = 0;  // bits of the word being walked, not yet walked
 };
 
 }  // namespace seer::dev

@@ -41,8 +41,7 @@ inline uint16_t float_to_float16(float value) {
   // Normal: drop 13 fraction bits. A carry out of the largest finite number gives infinity.
   const uint32_t normal = (body - 0x38000000u + 0xfffu + ((body >> 13) & 1u)) >> 13;
   // Subnormal: 0.5 has the ulp 2^-24 of the float16 subnormals, so this addition rounds to them.
-  const uint32_t small =
-      std::bit_cast<uint32_t>(std::bit_cast<float>(body) + 0.5f) - 0x3f000000u;
+  const uint32_t small = std::bit_cast<uint32_t>(std::bit_cast<float>(body) + 0.5f) - 0x3f000000u;
   const uint32_t special = body > 0x7f800000u ? 0x7e00u | ((body >> 13) & 0x1ffu) : 0x7c00u;
   const uint32_t finite = body < 0x38800000u ? small : normal;
   return static_cast<uint16_t>(sign | (body >= 0x47800000u ? special : finite));

@@ -22,8 +22,7 @@ inline int64_t visible_blocks(const GateScoresParams& params, int64_t row) {
 class GateStrip {
  public:
   explicit GateStrip(const GateScoresParams& params)
-      : params_(params), kernels_(kernels_for(params.blocks_q)),
-        scratch_(scratch_floats(params)) {
+      : params_(params), kernels_(kernels_for(params.blocks_q)), scratch_(scratch_floats(params)) {
     if (!scratch_.ok()) return;
     qt_ = scratch_.take(lanes() * params.gate_dim);
     rows_ = scratch_.take(std::max<int64_t>(lanes(), kTile) * params.gate_dim);
@@ -68,8 +67,7 @@ class GateStrip {
   static constexpr int64_t kTile = 64;
 
   void load(const ConstView& view, int64_t b, int64_t row, int64_t head, int64_t count) {
-    const int64_t offset =
-        b * view.batch_stride + row * view.row_stride + head * view.head_stride;
+    const int64_t offset = b * view.batch_stride + row * view.row_stride + head * view.head_stride;
     kernels_.load_tile(params_.dtype,
                        static_cast<const char*>(view.data) + offset * size_of(params_.dtype),
                        view.row_stride, count, params_.gate_dim, rows_);

@@ -31,8 +31,7 @@ struct KernelSet {
           for (int64_t c = 0; c < cols; ++c) dst[c] = wide[r * row_stride + c];
           break;
         case DType::kBFloat16:
-          for (int64_t c = 0; c < cols; ++c)
-            dst[c] = bfloat16_to_float(narrow[r * row_stride + c]);
+          for (int64_t c = 0; c < cols; ++c) dst[c] = bfloat16_to_float(narrow[r * row_stride + c]);
           break;
         case DType::kFloat16:
           for (int64_t c = 0; c < cols; ++c) dst[c] = float16_to_float(narrow[r * row_stride + c]);
@@ -51,8 +50,7 @@ struct KernelSet {
           for (int64_t c = 0; c < cols; ++c) wide[r * row_stride + c] = src[c];
           break;
         case DType::kBFloat16:
-          for (int64_t c = 0; c < cols; ++c)
-            narrow[r * row_stride + c] = float_to_bfloat16(src[c]);
+          for (int64_t c = 0; c < cols; ++c) narrow[r * row_stride + c] = float_to_bfloat16(src[c]);
           break;
         case DType::kFloat16:
           for (int64_t c = 0; c < cols; ++c) narrow[r * row_stride + c] = float_to_float16(src[c]);
@@ -103,8 +101,7 @@ struct KernelSet {
                                              const float* carry, float* c) {
     int64_t i = 0;
     for (; i + kRows <= rows; i += kRows)
-      register_tile<kRows>(a + i * row_step, row_step, depth_step, depth, b, carry,
-                           c + i * kChunk);
+      register_tile<kRows>(a + i * row_step, row_step, depth_step, depth, b, carry, c + i * kChunk);
     if constexpr (kRows > 1)
       product<kRows / 2>(a + i * row_step, row_step, depth_step, rows - i, depth, b, carry,
                          c + i * kChunk);
@@ -159,8 +156,7 @@ struct KernelSet {
   }
 
   [[gnu::always_inline]] static void probabilities(float* maxima, int64_t tiles,
-                                                   const float* row_max,
-                                                   const float* inverse_sum) {
+                                                   const float* row_max, const float* inverse_sum) {
     for (int v = 0; v < kVectors; ++v) {
       const Float maximum = reinterpret_cast<const Float*>(row_max)[v];
       const Float base = maximum == -kInfinity ? Float{} : maximum;
@@ -174,8 +170,8 @@ struct KernelSet {
     }
   }
 
-  [[gnu::always_inline]] static void pool(const float* tile, int64_t rows, int64_t cols,
-                                          float* max, float* min, float* mean) {
+  [[gnu::always_inline]] static void pool(const float* tile, int64_t rows, int64_t cols, float* max,
+                                          float* min, float* mean) {
     for (int64_t r = 0; r < rows; ++r, tile += cols) {
       if (r == 0) {
         for (float* out : {max, min, mean})

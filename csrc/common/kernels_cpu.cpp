@@ -9,38 +9,38 @@ namespace seer::cpu {
 
 // One namespace of wrappers and their table: the bodies are inlined into functions that carry
 // TARGET. A macro because an attribute can be neither a template argument nor inherited.
-#define SEER_CPU_KERNELS(NAME, TARGET, ...)                                                      \
-  namespace NAME {                                                                               \
-  using Set = KernelSet<__VA_ARGS__>;                                                            \
-  TARGET void load_tile(DType dtype, const void* src, int64_t row_stride, int64_t rows,          \
-                        int64_t cols, float* dst) {                                              \
-    Set::load_tile(dtype, src, row_stride, rows, cols, dst);                                     \
-  }                                                                                              \
-  TARGET void store_tile(DType dtype, const float* src, int64_t rows, int64_t cols, void* dst,   \
-                         int64_t row_stride) {                                                   \
-    Set::store_tile(dtype, src, rows, cols, dst, row_stride);                                    \
-  }                                                                                              \
-  TARGET void multiply(const float* a, int64_t rows, int64_t depth, const float* b, float* c) {  \
-    Set::multiply(a, rows, depth, b, c);                                                         \
-  }                                                                                              \
-  TARGET void accumulate(const float* a, int64_t depth, int64_t rows, const float* b,            \
-                         const float* carry, float* c) {                                         \
-    Set::accumulate(a, depth, rows, b, carry, c);                                                \
-  }                                                                                              \
-  TARGET void softmax_step(float* scores, int64_t cols, const int32_t* visible, float* row_max,  \
-                           float* row_sum, float* carry, float* tile_max) {                      \
-    Set::softmax_step(scores, cols, visible, row_max, row_sum, carry, tile_max);                 \
-  }                                                                                              \
-  TARGET void probabilities(float* maxima, int64_t tiles, const float* row_max,                  \
-                            const float* inverse_sum) {                                          \
-    Set::probabilities(maxima, tiles, row_max, inverse_sum);                                     \
-  }                                                                                              \
-  TARGET void pool(const float* tile, int64_t rows, int64_t cols, float* max, float* min,        \
-                   float* mean) {                                                                \
-    Set::pool(tile, rows, cols, max, min, mean);                                                 \
-  }                                                                                              \
-  constexpr Kernels kTable{Set::kChunk,  load_tile,    store_tile,    multiply,                  \
-                           accumulate,   softmax_step, probabilities, pool};                     \
+#define SEER_CPU_KERNELS(NAME, TARGET, ...)                                                     \
+  namespace NAME {                                                                              \
+  using Set = KernelSet<__VA_ARGS__>;                                                           \
+  TARGET void load_tile(DType dtype, const void* src, int64_t row_stride, int64_t rows,         \
+                        int64_t cols, float* dst) {                                             \
+    Set::load_tile(dtype, src, row_stride, rows, cols, dst);                                    \
+  }                                                                                             \
+  TARGET void store_tile(DType dtype, const float* src, int64_t rows, int64_t cols, void* dst,  \
+                         int64_t row_stride) {                                                  \
+    Set::store_tile(dtype, src, rows, cols, dst, row_stride);                                   \
+  }                                                                                             \
+  TARGET void multiply(const float* a, int64_t rows, int64_t depth, const float* b, float* c) { \
+    Set::multiply(a, rows, depth, b, c);                                                        \
+  }                                                                                             \
+  TARGET void accumulate(const float* a, int64_t depth, int64_t rows, const float* b,           \
+                         const float* carry, float* c) {                                        \
+    Set::accumulate(a, depth, rows, b, carry, c);                                               \
+  }                                                                                             \
+  TARGET void softmax_step(float* scores, int64_t cols, const int32_t* visible, float* row_max, \
+                           float* row_sum, float* carry, float* tile_max) {                     \
+    Set::softmax_step(scores, cols, visible, row_max, row_sum, carry, tile_max);                \
+  }                                                                                             \
+  TARGET void probabilities(float* maxima, int64_t tiles, const float* row_max,                 \
+                            const float* inverse_sum) {                                         \
+    Set::probabilities(maxima, tiles, row_max, inverse_sum);                                    \
+  }                                                                                             \
+  TARGET void pool(const float* tile, int64_t rows, int64_t cols, float* max, float* min,       \
+                   float* mean) {                                                               \
+    Set::pool(tile, rows, cols, max, min, mean);                                                \
+  }                                                                                             \
+  constexpr Kernels kTable{Set::kChunk, load_tile,    store_tile,    multiply,                  \
+                           accumulate,  softmax_step, probabilities, pool};                     \
   }
 
 namespace {
@@ -48,8 +48,8 @@ namespace {
 #if defined(__x86_64__)
 // 32 registers of 16 floats; the narrow set is for query blocks of 16 rows and for decoding.
 SEER_CPU_KERNELS(avx512, [[gnu::target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]], 16, 2, 8)
-SEER_CPU_KERNELS(avx512_narrow, [[gnu::target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]],
-                 16, 1, 8)
+SEER_CPU_KERNELS(avx512_narrow, [[gnu::target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]], 16,
+                 1, 8)
 // 16 registers of 8 floats.
 SEER_CPU_KERNELS(avx2, [[gnu::target("avx2,fma")]], 8, 2, 4)
 #endif

@@ -2,7 +2,7 @@
 // The warp-level matrix product of compute capability 8.0 and the loads that feed it.
 //
 // One mma computes C[16, 8] += A[16, 16] * B[16, 8] over the 32 lanes of a warp:
-//   C, four floats:   element e of a lane is row lane / 4 + 8 * (e / 2), column 2 * (lane % 4) + e % 2
+//   C, four floats: element e is row lane / 4 + 8 * (e / 2), column 2 * (lane % 4) + e % 2
 //   A, four registers of two elements: rows lane / 4 (+ 8 for a[1], a[3]), columns
 //      2 * (lane % 4) + {0, 1} (+ 8 for a[2], a[3])
 //   B, two registers: column lane / 4, rows 2 * (lane % 4) + {0, 1} (+ 8 for the second)
@@ -21,8 +21,12 @@
 namespace seer::dev {
 
 // Row and column of element `e` of the accumulator of `lane`.
-__host__ __device__ constexpr int accumulator_row(int lane, int e) { return lane / 4 + 8 * (e / 2); }
-__host__ __device__ constexpr int accumulator_col(int lane, int e) { return 2 * (lane % 4) + e % 2; }
+__host__ __device__ constexpr int accumulator_row(int lane, int e) {
+  return lane / 4 + 8 * (e / 2);
+}
+__host__ __device__ constexpr int accumulator_col(int lane, int e) {
+  return 2 * (lane % 4) + e % 2;
+}
 
 // CuTe's layout of the same accumulator maps (lane, element) to row + 16 * column.
 constexpr bool accumulator_matches_cute() {
@@ -40,9 +44,9 @@ static_assert(accumulator_matches_cute(), "accumulator coordinates disagree with
 template <class Element>
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                             uint32_t b1) {
-  using Atom = std::conditional_t<std::is_same_v<Element, __nv_bfloat16>,
-                                  cute::SM80_16x8x16_F32BF16BF16F32_TN,
-                                  cute::SM80_16x8x16_F32F16F16F32_TN>;
+  using Atom =
+      std::conditional_t<std::is_same_v<Element, __nv_bfloat16>,
+                         cute::SM80_16x8x16_F32BF16BF16F32_TN, cute::SM80_16x8x16_F32F16F16F32_TN>;
   Atom::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
 }
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Softmax over a row that arrives in pieces (Milakov and Gimelshein 2018; FlashAttention, Dao 2022).
+// Softmax over a row that arrives in pieces (Milakov and Gimelshein 2018; Dao 2022).
 //
 // Of each row it keeps a reference (a maximum seen so far) and the sum of exp2(score - reference),
 // with scores in units of log2: raw products times `scale_log2` = softmax scale * log2(e), a factor
-// that costs nothing in the multiply-add in front of exp2. When the reference rises, what was summed
-// so far shrinks by exp2(old - new).
+// that costs nothing in the multiply-add in front of exp2. When the reference rises, what was
+// summed so far shrinks by exp2(old - new).
 //
 // The reference rises lazily: only when some row of the warp exceeds its own by 2^kSlackLog2. In
 // between, probabilities are at most 2^kSlackLog2 instead of 1: exact in floating point, far from

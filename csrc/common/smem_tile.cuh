@@ -18,15 +18,15 @@ template <int kRows, int kCols>
 struct SmemTile {
   static_assert(kRows % 16 == 0 && kCols % 64 == 0, "tiles are made of 16-row, 64-column panels");
   static constexpr int kPanels = kCols / 64;
-  static constexpr int kRowBytes = 128;                 // of one panel
+  static constexpr int kRowBytes = 128;  // of one panel
   static constexpr int kPanelBytes = kRows * kRowBytes;
   static constexpr int kBytes = kPanels * kPanelBytes;
 
   using Atom = decltype(cute::composition(
-      cute::Swizzle<3, 3, 3>{}, cute::Layout<cute::Shape<cute::_8, cute::_64>,
-                                             cute::Stride<cute::_64, cute::_1>>{}));
-  using Layout = decltype(cute::tile_to_shape(
-      Atom{}, cute::Shape<cute::Int<kRows>, cute::Int<kCols>>{}));
+      cute::Swizzle<3, 3, 3>{},
+      cute::Layout<cute::Shape<cute::_8, cute::_64>, cute::Stride<cute::_64, cute::_1>>{}));
+  using Layout =
+      decltype(cute::tile_to_shape(Atom{}, cute::Shape<cute::Int<kRows>, cute::Int<kCols>>{}));
 
   // Byte offset of element (row, col) in the tile.
   __host__ __device__ static constexpr uint32_t offset(int row, int col) {

@@ -17,7 +17,7 @@ struct VarlenFillParams {
   int heads = 0;
   int64_t total = 0;     // packed rows
   int64_t max_rows = 0;  // a sequence owns at most this many rows from its start
-  MutView out;           // [total, heads, row_bytes / element], strides in elements of element_bytes
+  MutView out;           // [total, heads, row_bytes / element_bytes]
   int element_bytes = 2;
   int row_bytes = 0;     // bytes of one head's row, a multiple of 16
   float* lse = nullptr;  // [heads, total]

@@ -30,7 +30,8 @@ int64_t index_of(uint64_t key) { return static_cast<uint32_t>(~static_cast<uint3
 class RowSelector {
  public:
   explicit RowSelector(const GateSelectParams& params)
-      : params_(params), value_(static_cast<float>(params.value)),
+      : params_(params),
+        value_(static_cast<float>(params.value)),
         blocks_kv_(params.gate.blocks_kv) {
     if (params.method == SelectMethod::kTopK) {
       // Clamped first: a double beyond int64 has no defined conversion.

@@ -23,7 +23,8 @@ class PoolGateWorker {
   static constexpr int64_t kTile = 16;
 
   explicit PoolGateWorker(const PoolGateParams& params)
-      : params_(params), kernels_(cpu::kernels_for(params.gate_dim)),
+      : params_(params),
+        kernels_(cpu::kernels_for(params.gate_dim)),
         scratch_(scratch_floats(params)) {
     if (!scratch_.ok()) return;
     rows_ = scratch_.take(tile_rows(params) * params.head_dim);
@@ -160,8 +161,7 @@ class PoolGateWorker {
 }  // namespace
 
 Status pool_gate_cpu(const PoolGateParams& params, const ParallelFor& parallel_for) {
-  const int64_t tiles =
-      ceil_div(ceil_div(params.rows, params.block), PoolGateWorker::kTile);
+  const int64_t tiles = ceil_div(ceil_div(params.rows, params.block), PoolGateWorker::kTile);
   const int64_t jobs = int64_t{params.batch} * params.heads * tiles;
   if (jobs == 0) return {};
   std::atomic<bool> exhausted{false};

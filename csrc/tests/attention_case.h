@@ -19,10 +19,10 @@ struct AttentionShape {
   int64_t rows_q = 64, rows_kv = 64;
   int block_q = 16, block_kv = 16;
   bool causal = true;
-  int mask_heads = 0;     // 0: dense
+  int mask_heads = 0;  // 0: dense
   int mask_batch = 1;
   double density = 0.5;
-  bool head_major = false;  // storage order [batch, heads, rows, d]
+  bool head_major = false;                         // storage order [batch, heads, rows, d]
   std::vector<int32_t> lengths_q{}, lengths_kv{};  // packed sequences instead of batch x rows
 };
 
@@ -53,7 +53,8 @@ class AttentionCase {
   static constexpr float kGuard = 77.0f;
 
   AttentionCase(const AttentionShape& shape, uint64_t seed)
-      : shape(shape), random_(seed),
+      : shape(shape),
+        random_(seed),
         batch_(packed() ? int64_t(shape.lengths_q.size()) : shape.batch),
         q(make(rows_of(shape.lengths_q, shape.rows_q), shape.heads_q, shape.head_major)),
         k(make(rows_of(shape.lengths_kv, shape.rows_kv), shape.heads_kv, shape.head_major)),
@@ -134,9 +135,12 @@ class AttentionCase {
       p.lse_batch_stride = shape.heads_q * total_q;
     }
     if (shape.mask_heads > 0)
-      p.block_bits = {bits_.data(), shape.mask_heads,
+      p.block_bits = {bits_.data(),
+                      shape.mask_heads,
                       shape.mask_batch == 1 ? 0 : shape.mask_heads * blocks_q * words,
-                      blocks_q * words, words, static_cast<int>(words)};
+                      blocks_q * words,
+                      words,
+                      static_cast<int>(words)};
     return p;
   }
 
@@ -153,8 +157,8 @@ class AttentionCase {
     for (int64_t c = 0; c < cols; ++c) {
       if (!visible(b, h, r, c)) continue;
       for (int64_t d = 0; d < shape.head_dim; ++d)
-        score[c] += double{q.storage.get(q_at(b, r, h, d))} *
-                    k.storage.get(kv_at(k, b, c, head_kv, d));
+        score[c] +=
+            double{q.storage.get(q_at(b, r, h, d))} * k.storage.get(kv_at(k, b, c, head_kv, d));
       score[c] /= std::sqrt(double(shape.head_dim));
       largest = std::fmax(largest, score[c]);
     }
@@ -189,8 +193,8 @@ class AttentionCase {
     return packed() ? running_sum(lengths).back() : rows;
   }
   Strided make(int64_t rows, int64_t heads, bool head_major) const {
-    return Strided(shape.dtype, packed() ? 1 : shape.batch, rows, heads, shape.head_dim,
-                   head_major, kGuard);
+    return Strided(shape.dtype, packed() ? 1 : shape.batch, rows, heads, shape.head_dim, head_major,
+                   kGuard);
   }
   template <class Pointer>
   View<Pointer> view(Strided& tensor) const {

@@ -17,13 +17,13 @@ namespace seer::test {
 inline int failures = 0;
 
 // Counts a failure and prints where, with a printf-style note of the values; the run goes on.
-#define SEER_CHECK(condition, ...)                                          \
-  do {                                                                      \
-    if (!(condition) && ++::seer::test::failures <= 20) {                   \
-      std::printf("%s:%d: failed: %s: ", __FILE__, __LINE__, #condition);   \
-      std::printf(__VA_ARGS__);                                             \
-      std::printf("\n");                                                    \
-    }                                                                       \
+#define SEER_CHECK(condition, ...)                                        \
+  do {                                                                    \
+    if (!(condition) && ++::seer::test::failures <= 20) {                 \
+      std::printf("%s:%d: failed: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                           \
+      std::printf("\n");                                                  \
+    }                                                                     \
   } while (false)
 
 inline int report(const char* name) {
@@ -63,9 +63,8 @@ inline void threaded_for(int64_t count, int64_t grain, const ParallelBody& body)
   const int64_t share = std::max(grain, ceil_div(count, 3));
   std::vector<std::thread> threads;
   for (int64_t begin = 0; begin < count; begin += share)
-    threads.emplace_back([&body, begin, end = std::min(count, begin + share)] {
-      body(begin, end);
-    });
+    threads.emplace_back(
+        [&body, begin, end = std::min(count, begin + share)] { body(begin, end); });
   for (std::thread& thread : threads) thread.join();
 }
 
@@ -80,7 +79,8 @@ inline std::vector<cpu::Isa> isas() {
 class Buffer {
  public:
   Buffer(DType dtype, int64_t count, float fill)
-      : dtype_(dtype), narrow_(dtype == DType::kFloat32 ? 0 : count),
+      : dtype_(dtype),
+        narrow_(dtype == DType::kFloat32 ? 0 : count),
         wide_(dtype == DType::kFloat32 ? count : 0) {
     for (int64_t i = 0; i < count; ++i) set(i, fill);
   }

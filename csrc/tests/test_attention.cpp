@@ -88,8 +88,8 @@ AttnPoolParams pool_params(const BlockSparseAttnParams& p, bool per_token, float
 
 void run_pool(AttentionCase& problem, bool per_token, const char* name) {
   const AttentionShape& shape = problem.shape;
-  const int64_t map_rows = per_token ? problem.lse.size()
-                                     : problem.batch() * shape.heads_q * problem.blocks_q;
+  const int64_t map_rows =
+      per_token ? problem.lse.size() : problem.batch() * shape.heads_q * problem.blocks_q;
   std::vector<float> pooled(map_rows * problem.blocks_kv);
   std::vector<double> expected(pooled.size());
   const Status status =
@@ -122,10 +122,18 @@ void test_shapes() {
   for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     for (int block_q : {16, 32, 64, 128}) {
       for (int block_kv : {16, 32, 64, 128}) {
-        AttentionShape shape{.dtype = dtype, .batch = 2, .heads_q = 4, .heads_kv = 2,
-                             .head_dim = 24, .rows_q = 150, .rows_kv = 193, .block_q = block_q,
-                             .block_kv = block_kv, .causal = seed % 3 != 0,
-                             .mask_heads = 1 << (seed % 3), .mask_batch = 1 + int(seed % 2),
+        AttentionShape shape{.dtype = dtype,
+                             .batch = 2,
+                             .heads_q = 4,
+                             .heads_kv = 2,
+                             .head_dim = 24,
+                             .rows_q = 150,
+                             .rows_kv = 193,
+                             .block_q = block_q,
+                             .block_kv = block_kv,
+                             .causal = seed % 3 != 0,
+                             .mask_heads = 1 << (seed % 3),
+                             .mask_batch = 1 + int(seed % 2),
                              .head_major = seed % 2 == 0};
         AttentionCase problem(shape, ++seed);
         run_sparse(problem, "blocks");
@@ -133,18 +141,32 @@ void test_shapes() {
     }
   }
   for (int head_dim : {8, 40, 64, 128, 256}) {
-    AttentionShape shape{.heads_q = 2, .head_dim = head_dim, .rows_q = 70, .rows_kv = 70,
-                         .block_q = 64, .block_kv = 64, .mask_heads = 1, .density = 0.8};
+    AttentionShape shape{.heads_q = 2,
+                         .head_dim = head_dim,
+                         .rows_q = 70,
+                         .rows_kv = 70,
+                         .block_q = 64,
+                         .block_kv = 64,
+                         .mask_heads = 1,
+                         .density = 0.8};
     AttentionCase problem(shape, ++seed);
     run_sparse(problem, "head_dim");
   }
+  // Long enough for the tall tiles of dense attention.
+  AttentionShape tall{.rows_q = 2050, .rows_kv = 70, .causal = false};
+  AttentionCase long_problem(tall, ++seed);
+  run_sparse(long_problem, "tall");
   // Decoding, more queries than keys (leading rows see nothing), single elements.
   const int64_t pairs[][2] = {{1, 100}, {100, 40}, {1, 1}, {17, 64}, {64, 65}, {65, 0}, {0, 5}};
   for (const auto& [rows_q, rows_kv] : pairs) {
     for (int mask_heads : {0, 1}) {
       for (bool causal : {true, false}) {
-        AttentionShape shape{.rows_q = rows_q, .rows_kv = rows_kv, .block_q = 32, .block_kv = 16,
-                             .causal = causal, .mask_heads = mask_heads};
+        AttentionShape shape{.rows_q = rows_q,
+                             .rows_kv = rows_kv,
+                             .block_q = 32,
+                             .block_kv = 16,
+                             .causal = causal,
+                             .mask_heads = mask_heads};
         AttentionCase problem(shape, ++seed);
         run_sparse(problem, "rows");
         if (mask_heads == 0) run_pool(problem, causal, "rows, pooled");
@@ -156,10 +178,15 @@ void test_shapes() {
 void test_packed() {
   for (int mask_heads : {0, 1, 2, 4}) {
     for (bool causal : {true, false}) {
-      AttentionShape shape{.heads_q = 4, .heads_kv = 2, .block_q = 16, .block_kv = 32,
-                           .causal = causal, .mask_heads = mask_heads,
+      AttentionShape shape{.heads_q = 4,
+                           .heads_kv = 2,
+                           .block_q = 16,
+                           .block_kv = 32,
+                           .causal = causal,
+                           .mask_heads = mask_heads,
                            .mask_batch = mask_heads == 1 ? 1 : 5,
-                           .lengths_q = {30, 0, 1, 77, 5}, .lengths_kv = {64, 9, 0, 77, 33}};
+                           .lengths_q = {30, 0, 1, 77, 5},
+                           .lengths_kv = {64, 9, 0, 77, 33}};
       AttentionCase problem(shape, 40 + mask_heads);
       run_sparse(problem, "packed");
       if (mask_heads == 0)
@@ -171,8 +198,13 @@ void test_packed() {
 void test_pooled() {
   for (int block : {16, 32, 64, 128}) {
     for (bool per_token : {false, true}) {
-      AttentionShape shape{.batch = 2, .heads_q = 4, .heads_kv = 2, .rows_q = 133, .rows_kv = 171,
-                           .block_q = block, .block_kv = 192 / block >= 6 ? 32 : 128};
+      AttentionShape shape{.batch = 2,
+                           .heads_q = 4,
+                           .heads_kv = 2,
+                           .rows_q = 133,
+                           .rows_kv = 171,
+                           .block_q = block,
+                           .block_kv = 192 / block >= 6 ? 32 : 128};
       AttentionCase problem(shape, 60 + block);
       run_pool(problem, per_token, "pooled");
     }
@@ -185,8 +217,12 @@ void test_special_values() {
   for (float special : {kNaN, kInfinity, -kInfinity}) {
     for (bool in_k : {true, false}) {
       for (int mask_heads : {0, 1}) {
-        AttentionShape shape{.rows_q = 64, .rows_kv = 64, .block_q = 32, .block_kv = 32,
-                             .mask_heads = mask_heads, .density = 0.6};
+        AttentionShape shape{.rows_q = 64,
+                             .rows_kv = 64,
+                             .block_q = 32,
+                             .block_kv = 32,
+                             .mask_heads = mask_heads,
+                             .density = 0.6};
         AttentionCase problem(shape, 80);
         Strided& tensor = in_k ? problem.k : problem.v;
         // An infinite key gives scores of both signs; finite ones beside -inf stay defined.
@@ -213,8 +249,7 @@ void test_special_values() {
   for (int64_t c = 0; c < large.rows_kv; ++c)
     extreme.k.storage.set(extreme.k.at(0, c, 0, 0), 1e30f);
   for (int64_t d = 0; d < large.head_dim; ++d)
-    for (int64_t r : {0, 1, 3})
-      extreme.q.storage.set(extreme.q.at(0, r, 0, d), 0.0f);
+    for (int64_t r : {0, 1, 3}) extreme.q.storage.set(extreme.q.at(0, r, 0, d), 0.0f);
   const Status status = block_sparse_attn_cpu(extreme.params(), serial_for);
   SEER_CHECK(status.ok(), "%s", status.text.c_str());
   SEER_CHECK(extreme.lse[2] == -kInfinity, "lse of -inf scores: %g", extreme.lse[2]);
@@ -225,8 +260,13 @@ void test_special_values() {
 }
 
 void test_determinism() {
-  AttentionShape shape{.batch = 2, .heads_q = 4, .heads_kv = 2, .rows_q = 200, .rows_kv = 200,
-                       .mask_heads = 4, .mask_batch = 2};
+  AttentionShape shape{.batch = 2,
+                       .heads_q = 4,
+                       .heads_kv = 2,
+                       .rows_q = 200,
+                       .rows_kv = 200,
+                       .mask_heads = 4,
+                       .mask_batch = 2};
   AttentionCase problem(shape, 7);
   std::vector<std::vector<float>> results;
   for (const ParallelFor& loop : {ParallelFor(serial_for), ParallelFor(scattered_for),

@@ -36,11 +36,10 @@ const Format kFormats[] = {
 double decode(const Format& format, uint16_t bits) {
   const int fraction = bits & ((1 << format.fraction_bits) - 1);
   const int exponent = (bits & 0x7fff) >> format.fraction_bits;
-  const double magnitude =
-      exponent == 0
-          ? std::ldexp(fraction, 1 - format.bias - format.fraction_bits)
-          : std::ldexp(fraction + (1 << format.fraction_bits),
-                       exponent - format.bias - format.fraction_bits);
+  const double magnitude = exponent == 0
+                               ? std::ldexp(fraction, 1 - format.bias - format.fraction_bits)
+                               : std::ldexp(fraction + (1 << format.fraction_bits),
+                                            exponent - format.bias - format.fraction_bits);
   return bits & 0x8000 ? -magnitude : magnitude;
 }
 
@@ -96,7 +95,8 @@ void test_random_bits(const Format& format) {
     }
     if ((got & 0x7fff) == format.infinity()) {
       const double limit = (decode(format, static_cast<uint16_t>(format.infinity() - 1)) +
-                            decode(format, format.infinity())) / 2;
+                            decode(format, format.infinity())) /
+                           2;
       SEER_CHECK(std::abs(double{value}) >= limit, "%s %a became infinite", format.name, value);
       continue;
     }

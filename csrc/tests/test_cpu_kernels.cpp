@@ -134,8 +134,8 @@ void test_softmax(const Kernels& kernels) {
     for (double score : seen[lane]) largest = std::fmax(largest, score);
     for (double score : seen[lane])
       if (largest > -INFINITY) sum += std::exp2(score - largest);
-    const bool close = std::isnan(sum) ? std::isnan(row_sum[lane])
-                                       : std::abs(row_sum[lane] - sum) <= 1e-5 * sum;
+    const bool close =
+        std::isnan(sum) ? std::isnan(row_sum[lane]) : std::abs(row_sum[lane] - sum) <= 1e-5 * sum;
     SEER_CHECK(close, "lane %d: sum %g, expected %g", int(lane), row_sum[lane], sum);
     SEER_CHECK(row_max[lane] == largest, "lane %d: maximum %g", int(lane), row_max[lane]);
   }

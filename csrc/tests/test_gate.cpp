@@ -256,8 +256,10 @@ void test_select(ScoreProblem& problem, SelectMethod method, double value, int64
                      problem.visible(row));
     for (int64_t j = 0; j < words * 32; ++j) {
       const bool got = static_cast<uint32_t>(bits[row * words + j / 32]) >> (j % 32) & 1u;
-      SEER_CHECK(got == (j < blocks_kv && expected[j]), "%s: method %d value %g row %d block %d: "
-                 "%d", name, int(method), value, int(row), int(j), int(got));
+      SEER_CHECK(got == (j < blocks_kv && expected[j]),
+                 "%s: method %d value %g row %d block %d: "
+                 "%d",
+                 name, int(method), value, int(row), int(j), int(got));
     }
   }
 }

@@ -2,6 +2,7 @@
 #include "attention_args.h"
 
 #include <limits>
+#include <sstream>
 
 #include "runtime.h"
 
@@ -111,9 +112,9 @@ void check_block_bits(const Op& op, const Tensor& block_bits, const AttentionArg
   const int64_t batch = batch_of(args);
   const int64_t blocks_q = ceil_div(rows_q_of(args), args.block_q);
   const int64_t words = ceil_div(ceil_div(rows_kv_of(args), args.block_kv), 32);
-  const std::string contract = "[" + number(batch) + " or 1, " + number(heads_q) + ", " +
-                               number(heads_kv) + " or 1, " + number(blocks_q) + ", at least " +
-                               number(words) + "]";
+  std::ostringstream contract;
+  contract << "[" << batch << " or 1, " << heads_q << ", " << heads_kv << " or 1, " << blocks_q
+           << ", at least " << words << "]";
   const char* remedy = "Build the mask with seer_cuda.BlockMask for these lengths and block sizes.";
   op.dtype("block_bits", block_bits, ScalarType::Int);
   op.same_device("block_bits", block_bits, "q", args.q);
@@ -122,7 +123,7 @@ void check_block_bits(const Op& op, const Tensor& block_bits, const AttentionArg
   const bool fits = (block_bits.size(0) == batch || block_bits.size(0) == 1) &&
                     (heads == heads_q || heads == heads_kv || heads == 1) &&
                     block_bits.size(2) == blocks_q && block_bits.size(3) >= words;
-  op.expect(fits, "block_bits", contract, "shape " + shape_of(block_bits), remedy);
+  op.expect(fits, "block_bits", contract.str(), "shape " + shape_of(block_bits), remedy);
   op.unit_last_stride("block_bits", block_bits);
 }
 

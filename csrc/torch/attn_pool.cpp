@@ -19,10 +19,10 @@ Tensor zero_pooled(const AttentionArgs& args, bool per_token) {
   const int64_t blocks_kv = ceil_div(rows_kv_of(args), args.block_kv);
   Tensor pooled =
       per_token && args.varlen() ? empty({heads_q, q.size(0), blocks_kv}, ScalarType::Float, q)
-      : per_token ? empty({batch_of(args), heads_q, q.size(1), blocks_kv}, ScalarType::Float, q)
-                  : empty({batch_of(args), heads_q, ceil_div(rows_q_of(args), args.block_q),
-                           blocks_kv},
-                          ScalarType::Float, q);
+      : per_token
+          ? empty({batch_of(args), heads_q, q.size(1), blocks_kv}, ScalarType::Float, q)
+          : empty({batch_of(args), heads_q, ceil_div(rows_q_of(args), args.block_q), blocks_kv},
+                  ScalarType::Float, q);
   if (pooled.numel() > 0)
     std::memset(pooled.mutable_data_ptr(), 0, static_cast<size_t>(pooled.numel()) * sizeof(float));
   return pooled;
@@ -39,13 +39,16 @@ void check_attn_pool(const Tensor& q, const Tensor& k, const Tensor& v, int64_t 
                         max_rows_q, max_rows_kv});
 }
 
-std::tuple<Tensor, Tensor, Tensor> attn_pool_cpu_op(
-    const Tensor& q, const Tensor& k, const Tensor& v, int64_t block_q, int64_t block_kv,
-    bool causal, std::optional<double> scale, bool per_token,
-    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_kv,
-    int64_t max_rows_q, int64_t max_rows_kv) {
-  const AttentionArgs args{q,     k,            v,             block_q,    block_kv,   causal,
-                           scale, cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv};
+std::tuple<Tensor, Tensor, Tensor> attn_pool_cpu_op(const Tensor& q, const Tensor& k,
+                                                    const Tensor& v, int64_t block_q,
+                                                    int64_t block_kv, bool causal,
+                                                    std::optional<double> scale, bool per_token,
+                                                    const std::optional<Tensor>& cu_seqlens_q,
+                                                    const std::optional<Tensor>& cu_seqlens_kv,
+                                                    int64_t max_rows_q, int64_t max_rows_kv) {
+  const AttentionArgs args{
+      q,          k,          v, block_q, block_kv, causal, scale, cu_seqlens_q, cu_seqlens_kv,
+      max_rows_q, max_rows_kv};
   check_attention(kOp, args);
   Tensor out = empty_out(args), lse = empty_lse(args), pooled = zero_pooled(args, per_token);
   auto params = attention_params<AttnPoolParams>(kOp, args, out, lse);

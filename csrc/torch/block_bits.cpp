@@ -32,7 +32,8 @@ int64_t rows_before_last(const Tensor& tensor) {
 
 void check_blocks_kv(const Op& op, int64_t blocks_kv) {
   op.expect(blocks_kv >= 0 && blocks_kv <= std::numeric_limits<int32_t>::max(), "blocks_kv",
-            "a count from 0 to 2^31 - 1", std::to_string(blocks_kv), "Pass ceil(rows_kv / block_kv).");
+            "a count from 0 to 2^31 - 1", std::to_string(blocks_kv),
+            "Pass ceil(rows_kv / block_kv).");
 }
 
 }  // namespace

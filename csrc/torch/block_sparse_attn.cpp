@@ -25,13 +25,16 @@ BlockBitsView block_bits_view(const Tensor& bits) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> block_sparse_attn(
-    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& block_bits,
-    int64_t block_q, int64_t block_kv, bool causal, std::optional<double> scale,
-    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_kv,
-    int64_t max_rows_q, int64_t max_rows_kv) {
-  const AttentionArgs args{q,     k,            v,             block_q,    block_kv,   causal,
-                           scale, cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv};
+std::tuple<Tensor, Tensor> block_sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const std::optional<Tensor>& block_bits,
+                                             int64_t block_q, int64_t block_kv, bool causal,
+                                             std::optional<double> scale,
+                                             const std::optional<Tensor>& cu_seqlens_q,
+                                             const std::optional<Tensor>& cu_seqlens_kv,
+                                             int64_t max_rows_q, int64_t max_rows_kv) {
+  const AttentionArgs args{
+      q,          k,          v, block_q, block_kv, causal, scale, cu_seqlens_q, cu_seqlens_kv,
+      max_rows_q, max_rows_kv};
   check_attention(kOp, args);
   if (block_bits) check_block_bits(kOp, *block_bits, args);
 

@@ -84,7 +84,8 @@ class Op {
 
   void dtype(const char* argument, const Tensor& tensor, ScalarType wanted) const {
     if (tensor.scalar_type() != wanted) [[unlikely]]
-      fail(argument, torch::headeronly::toString(wanted), dtype_of(tensor), "Convert it with .to().");
+      fail(argument, torch::headeronly::toString(wanted), dtype_of(tensor),
+           "Convert it with .to().");
   }
 
   void unit_last_stride(const char* argument, const Tensor& tensor) const {

@@ -53,8 +53,8 @@ GateScoresParams gate_params(const Op& op, const Tensor& q_gate, const Tensor& k
   params.blocks_q = q_gate.size(1);
   params.blocks_kv = k_gate.size(1);
   params.causal = causal;
-  params.scale = static_cast<float>(
-      scale ? *scale : 1.0 / std::sqrt(static_cast<double>(params.gate_dim)));
+  params.scale =
+      static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(params.gate_dim)));
   params.q_gate = const_view(q_gate);
   params.k_gate = const_view(k_gate);
   return params;
@@ -132,9 +132,8 @@ Tensor pool_gate_cpu_op(const Tensor& x, const std::optional<Tensor>& weight,
   params.heads = static_cast<int>(x.size(2));
   params.heads_out = weight ? static_cast<int>(packed.size(0)) : params.heads;
   params.head_dim = static_cast<int>(x.size(3));
-  params.gate_dim = weight
-                        ? static_cast<int>(packed.size(2))
-                        : __builtin_popcount(static_cast<unsigned>(pools)) * params.head_dim;
+  params.gate_dim = weight ? static_cast<int>(packed.size(2))
+                           : __builtin_popcount(static_cast<unsigned>(pools)) * params.head_dim;
   params.rows = x.size(1);
   params.block = static_cast<int>(block);
   params.pools = static_cast<int>(pools);
@@ -194,10 +193,10 @@ void check_gate_select(const Tensor& q_gate, const Tensor& k_gate, std::optional
       kGateSelect.fail("method", "0 threshold, 1 top-k, 2 density or 3 top-p", number(method),
                        help);
   }
-  for (const auto& [name, count] : {std::pair<const char*, int64_t>{"sink", sink},
-                                    std::pair<const char*, int64_t>{"local", local},
-                                    std::pair<const char*, int64_t>{"dense_last_rows",
-                                                                    dense_last_rows}})
+  for (const auto& [name, count] :
+       {std::pair<const char*, int64_t>{"sink", sink},
+        std::pair<const char*, int64_t>{"local", local},
+        std::pair<const char*, int64_t>{"dense_last_rows", dense_last_rows}})
     kGateSelect.expect(count >= 0, name, "a count of blocks, at least 0", number(count),
                        "Use 0 to force nothing.");
 }
@@ -213,9 +212,9 @@ Tensor gate_select_cpu_op(const Tensor& q_gate, const Tensor& k_gate, std::optio
   params.sink = sink;
   params.local = local;
   params.dense_last_rows = dense_last_rows;
-  Tensor bits = empty({q_gate.size(0), q_gate.size(2), params.gate.blocks_q,
-                       ceil_div(params.gate.blocks_kv, 32)},
-                      ScalarType::Int, q_gate);
+  Tensor bits = empty(
+      {q_gate.size(0), q_gate.size(2), params.gate.blocks_q, ceil_div(params.gate.blocks_kv, 32)},
+      ScalarType::Int, q_gate);
   params.block_bits = bits.mutable_data_ptr<int32_t>();
   kGateSelect.ok(gate_select_cpu(params, torch_parallel_for()));
   return bits;

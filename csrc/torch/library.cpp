@@ -6,27 +6,27 @@
 
 #include "ops.h"
 
-#define SEER_ATTN_TAIL                                                                        \
-  "SymInt block_q=64, SymInt block_kv=64, bool causal=True, float? scale=None"
-#define SEER_VARLEN_TAIL                                                                      \
-  "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_kv=None, SymInt max_rows_q=0, "              \
+#define SEER_ATTN_TAIL "SymInt block_q=64, SymInt block_kv=64, bool causal=True, float? scale=None"
+#define SEER_VARLEN_TAIL                                                         \
+  "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_kv=None, SymInt max_rows_q=0, " \
   "SymInt max_rows_kv=0"
-#define SEER_ATTN_POOL_ARGS                                                                   \
-  "(Tensor q, Tensor k, Tensor v, *, " SEER_ATTN_TAIL                                         \
-  ", bool per_token=False, " SEER_VARLEN_TAIL ")"
-#define SEER_POOL_GATE_ARGS                                                                   \
-  "(Tensor x, Tensor? weight=None, Tensor? cos=None, Tensor? sin=None, *, SymInt block=64, "  \
+#define SEER_ATTN_POOL_ARGS                                                                       \
+  "(Tensor q, Tensor k, Tensor v, *, " SEER_ATTN_TAIL ", bool per_token=False, " SEER_VARLEN_TAIL \
+  ")"
+#define SEER_POOL_GATE_ARGS                                                                  \
+  "(Tensor x, Tensor? weight=None, Tensor? cos=None, Tensor? sin=None, *, SymInt block=64, " \
   "int pools=4)"
-#define SEER_GATE_SCORES_ARGS                                                                 \
+#define SEER_GATE_SCORES_ARGS \
   "(Tensor q_gate, Tensor k_gate, *, float? scale=None, bool causal=True)"
-#define SEER_GATE_SELECT_ARGS                                                                 \
-  "(Tensor q_gate, Tensor k_gate, *, float? scale=None, bool causal=True, int method=0, "     \
+#define SEER_GATE_SELECT_ARGS                                                             \
+  "(Tensor q_gate, Tensor k_gate, *, float? scale=None, bool causal=True, int method=0, " \
   "float value=0.0, SymInt sink=0, SymInt local=0, SymInt dense_last_rows=0)"
 
 STABLE_TORCH_LIBRARY(seer, m) {
   // Attention over the kept blocks; block_bits None keeps every block.
-  m.def("block_sparse_attn(Tensor q, Tensor k, Tensor v, Tensor? block_bits=None, *, " SEER_ATTN_TAIL
-        ", " SEER_VARLEN_TAIL ") -> (Tensor out, Tensor lse)");
+  m.def(
+      "block_sparse_attn(Tensor q, Tensor k, Tensor v, Tensor? block_bits=None, *, " SEER_ATTN_TAIL
+      ", " SEER_VARLEN_TAIL ") -> (Tensor out, Tensor lse)");
   // Dense attention and the block maxima of its softmax probabilities, in one pass.
   m.def("attn_pool" SEER_ATTN_POOL_ARGS " -> (Tensor out, Tensor lse, Tensor pooled)");
   // Block pooling (pools: bit set of 1 max, 2 min, 4 avg), per-head projection, RoPE.

@@ -13,21 +13,25 @@ namespace seer::binding {
 using torch::stable::Tensor;
 
 // CPU and CUDA.
-std::tuple<Tensor, Tensor> block_sparse_attn(
-    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& block_bits,
-    int64_t block_q, int64_t block_kv, bool causal, std::optional<double> scale,
-    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_kv,
-    int64_t max_rows_q, int64_t max_rows_kv);
+std::tuple<Tensor, Tensor> block_sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const std::optional<Tensor>& block_bits,
+                                             int64_t block_q, int64_t block_kv, bool causal,
+                                             std::optional<double> scale,
+                                             const std::optional<Tensor>& cu_seqlens_q,
+                                             const std::optional<Tensor>& cu_seqlens_kv,
+                                             int64_t max_rows_q, int64_t max_rows_kv);
 Tensor pack_block_bits(const Tensor& mask);
 Tensor unpack_block_bits(const Tensor& block_bits, int64_t blocks_kv);
 Tensor block_bits_from_indices(const Tensor& indices, const Tensor& counts, int64_t blocks_kv);
 
 // CPU.
-std::tuple<Tensor, Tensor, Tensor> attn_pool_cpu_op(
-    const Tensor& q, const Tensor& k, const Tensor& v, int64_t block_q, int64_t block_kv,
-    bool causal, std::optional<double> scale, bool per_token,
-    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_kv,
-    int64_t max_rows_q, int64_t max_rows_kv);
+std::tuple<Tensor, Tensor, Tensor> attn_pool_cpu_op(const Tensor& q, const Tensor& k,
+                                                    const Tensor& v, int64_t block_q,
+                                                    int64_t block_kv, bool causal,
+                                                    std::optional<double> scale, bool per_token,
+                                                    const std::optional<Tensor>& cu_seqlens_q,
+                                                    const std::optional<Tensor>& cu_seqlens_kv,
+                                                    int64_t max_rows_q, int64_t max_rows_kv);
 Tensor pool_gate_cpu_op(const Tensor& x, const std::optional<Tensor>& weight,
                         const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                         int64_t block, int64_t pools);

@@ -15,8 +15,8 @@
 
 // Lives in libtorch_cuda, so it is absent on a CPU-only torch: declared weak, the same file then
 // loads on both, and only a call on a CUDA tensor could miss it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 struct CUstream_st;
 

@@ -4,7 +4,8 @@
 //   out[b, r, h] = softmax_c(scale * q[b, r, h] . k[b, c, u]) @ v[b, c, u],   u = h / group,
 //   over the visible columns c: the block (r / block_q, c / block_kv) is kept, c < rows_kv of the
 //   sequence, and, if causal, c <= r + rows_kv - rows_q.
-//   lse[b, h, r] = natural log of the sum of exponentials. A row that sees nothing: out 0, lse -inf.
+//   lse[b, h, r] = natural log of the sum of exponentials.
+//   A row that sees nothing: out 0, lse -inf.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,7 @@ struct CUstream_st;
 namespace seer {
 
 struct BlockSparseAttnParams {
-  // Problem. With cu_seqlens, rows_* are the longest lengths (max_rows_*) and total_* the packed rows.
+  // Problem. With cu_seqlens, rows_* are the longest lengths (max_rows_*), total_* the packed rows.
   DType dtype = DType::kBFloat16;
   int batch = 0;
   int heads_q = 0;
@@ -53,8 +54,8 @@ struct BlockSparseAttnVariant {
   int sm;            // 80: mma.sync, runs on every GPU from compute capability 8.0 on
   DType dtype;
   int head_dim;
-  int block_q;       // query block = rows of a tile
-  int tile_kv;       // KV rows of one step; block_kv is any multiple of it up to 128
+  int block_q;  // query block = rows of a tile
+  int tile_kv;  // KV rows of one step; block_kv is any multiple of it up to 128
   int threads;
   int smem_bytes;
 };
@@ -64,7 +65,8 @@ const std::vector<BlockSparseAttnVariant>& block_sparse_attn_variants();
 
 // Index into the table of the variant that serves these params on a device of compute capability
 // `sm` (e.g. 90), or -1 with a reason that names the nearest rows.
-int find_block_sparse_attn_variant(const BlockSparseAttnParams& params, int sm, std::string* why_not);
+int find_block_sparse_attn_variant(const BlockSparseAttnParams& params, int sm,
+                                   std::string* why_not);
 
 // Enqueues the kernel on `stream` of the current device. No allocation, no synchronisation.
 // Every element of out and lse that belongs to a row r < rows_q (varlen: of a sequence) is written.

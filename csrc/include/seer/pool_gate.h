@@ -27,12 +27,13 @@ struct PoolGateParams {
   int block = 64;
   int pools = kPoolAvg;
   // Inputs.
-  ConstView x;                          // [batch, rows, heads, head_dim]
-  const void* weight = nullptr;         // [heads_out, pools * head_dim, gate_dim] of x's dtype, contiguous; or nullptr
-  const float* cos = nullptr;           // [batch|1, blocks, rotary_dim / 2] contiguous; both or neither
+  ConstView x;  // [batch, rows, heads, head_dim]
+  const void* weight =
+      nullptr;  // [heads_out, pools * head_dim, gate_dim] of x's dtype, contiguous; or nullptr
+  const float* cos = nullptr;  // [batch|1, blocks, rotary_dim / 2] contiguous; both or neither
   const float* sin = nullptr;
-  int rotary_dim = 0;                   // channels [0, rotary_dim) rotate, halves paired (NeoX)
-  int64_t rope_batch_stride = 0;        // 0 broadcasts
+  int rotary_dim = 0;             // channels [0, rotary_dim) rotate, halves paired (NeoX)
+  int64_t rope_batch_stride = 0;  // 0 broadcasts
   // Output [batch, blocks, heads_out, gate_dim] of x's dtype, contiguous.
   void* out = nullptr;
 };
@@ -47,9 +48,10 @@ struct GateScoresParams {
   int64_t blocks_kv = 0;
   bool causal = true;  // block j is visible to block i iff j <= i + blocks_kv - blocks_q
   float scale = 1.0f;
-  ConstView q_gate;    // [batch, blocks_q, heads_q, gate_dim]
-  ConstView k_gate;    // [batch, blocks_kv, heads_k, gate_dim]
-  float* scores = nullptr;  // [batch, heads_q, blocks_q, blocks_kv] contiguous; -inf where not visible
+  ConstView q_gate;  // [batch, blocks_q, heads_q, gate_dim]
+  ConstView k_gate;  // [batch, blocks_kv, heads_k, gate_dim]
+  float* scores =
+      nullptr;  // [batch, heads_q, blocks_q, blocks_kv] contiguous; -inf where not visible
 };
 
 enum class SelectMethod : int { kThreshold = 0, kTopK = 1, kDensity = 2, kTopP = 3 };
@@ -58,9 +60,9 @@ struct GateSelectParams {
   GateScoresParams gate;  // gate.scores is not used
   SelectMethod method = SelectMethod::kThreshold;
   double value = 0.0;
-  int64_t sink = 0;             // first blocks always kept
-  int64_t local = 0;            // last visible blocks of each row always kept (1: the diagonal)
-  int64_t dense_last_rows = 0;  // last query-block rows keep every visible block
+  int64_t sink = 0;               // first blocks always kept
+  int64_t local = 0;              // last visible blocks of each row always kept (1: the diagonal)
+  int64_t dense_last_rows = 0;    // last query-block rows keep every visible block
   int32_t* block_bits = nullptr;  // [batch, heads_q, blocks_q, ceil(blocks_kv / 32)] contiguous
 };
 

@@ -36,14 +36,14 @@ using ConstView = View<const void*>;
 using MutView = View<void*>;
 
 // Block bits [batch|1, heads_q|heads_kv|1, blocks_q, words], words = ceil(blocks_kv / 32):
-// bit j % 32 of word j / 32 set means "query block i attends to KV block j". See docs/mask-format.md.
+// bit j % 32 of word j / 32 set means "query block i attends to KV block j" (docs/mask-format.md).
 struct BlockBitsView {
   const int32_t* data = nullptr;  // nullptr: every block is kept (dense attention)
   int heads = 1;                  // 1, heads_kv or heads_q
   int64_t batch_stride = 0;       // in words; 0 broadcasts one mask to the whole batch
   int64_t head_stride = 0;
   int64_t row_stride = 0;
-  int words = 0;                  // readable words per row
+  int words = 0;  // readable words per row
 };
 
 // CPU kernels run their outer loop through this, so that the host program's thread pool is used:

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Held-out perplexity and selection quality of the learned gate and of its rivals.
+
+Every method is a score per pair of blocks, and one rule picks from all of them: each row keeps its
+diagonal block and the best others, k = max(1, floor((1 - sqrt(1 - density)) blocks)) in all (every
+visible block where a row has fewer). So all methods keep exactly as many blocks in every row.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+import seer_cuda
+from seer_cuda import BlockMask
+from seer_cuda.demo.config import DemoConfig
+from seer_cuda.demo.model import AttentionInput, CausalLM, next_byte_loss
+from seer_cuda.demo.text import Corpus
+from seer_cuda.demo.train import Advance
+
+GATE, ORACLE, SINK_LOCAL, RANDOM = "learned gate", "oracle", "sink + local", "random"
+METHODS = (ORACLE, GATE, SINK_LOCAL, RANDOM)
+_FIRST = 1e4  # score of a block that comes before every real one but the diagonal
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one density.
+
+    Attributes:
+        kept: Share of the causally visible blocks that was kept.
+        perplexity, late_perplexity: Over all positions, and over the second half of each window.
+        ratio, late_ratio: The same over the dense model's.
+        recall: Share of the oracle's blocks that the method keeps, the diagonal left out.
+        mass: Share of the true attention probability on kept blocks.
+        attention_ms: Time of `block_sparse_attn` for one layer of one batch.
+    """
+
+    method: str
+    density: float
+    kept: float
+    perplexity: float
+    ratio: float
+    late_perplexity: float
+    late_ratio: float
+    recall: float
+    mass: float
+    attention_ms: float
+
+
+@dataclass
+class Example:
+    """One head for the picture: its true map, and what the gate and the window keep of it."""
+
+    layer: int
+    head: int
+    density: float
+    pooled: Tensor  # [blocks, blocks]
+    gate: Tensor  # bool [blocks, blocks]
+
+
+@dataclass
+class Results:
+    """All measurements of a run."""
+
+    dense_perplexity: float
+    dense_late_perplexity: float
+    dense_ms: float
+    gate_ms: float
+    rows: list[Row] = field(default_factory=list)
+    free_diagonal: float = 1.0  # share of rows whose diagonal the gate ranks within its k
+    example: Example | None = None
+
+    def row(self, method: str, density: float) -> Row:
+        """The row of a method at a density."""
+        return next(r for r in self.rows if (r.method, r.density) == (method, density))
+
+
+def keep(scores: Tensor, density: float, config: DemoConfig) -> BlockMask:
+    """The common rule: the diagonal and the best others, equally many for every method."""
+    diagonal = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
+    scores = scores.masked_fill(diagonal, torch.inf)
+    block = config.block
+    return seer_cuda.select.from_scores(scores, "density", density, block_q=block, block_kv=block)
+
+
+class Scorer:
+    """Scores ``[batch|1, heads_q, blocks, blocks]`` of every method for the input of a layer."""
+
+    def __init__(self, config: DemoConfig, gates: nn.ModuleList) -> None:
+        self.config, self.gates = config, gates
+
+    def __call__(self, method: str, x: AttentionInput, batch_index: int) -> Tensor:
+        blocks, device = self.config.blocks, x.q.device
+        if method == GATE:
+            return self.gates[x.layer](x.q, x.k)
+        if method == ORACLE:
+            return true_map(x, self.config)[2]
+        if method == SINK_LOCAL:
+            scores = torch.arange(blocks, dtype=torch.float32, device=device).repeat(blocks, 1)
+            scores[:, 0] = _FIRST
+            return scores.expand(1, x.q.shape[2], -1, -1)
+        # Drawn on the CPU: the same choice on every device.
+        seed = (self.config.seed * 1009 + x.layer) * 1009 + batch_index
+        generator = torch.Generator().manual_seed(seed)
+        shape = (x.q.shape[0], x.q.shape[2], blocks, blocks)
+        return torch.rand(shape, generator=generator).to(device)
+
+
+def true_map(x: AttentionInput, config: DemoConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and block maxima of the layer's dense attention."""
+    return seer_cuda.attn_pool(x.q_rope, x.k_rope, x.v, block_q=config.block, block_kv=config.block)
+
+
+class Evaluator:
+    """Runs the model over the held-out windows, batch by batch."""
+
+    def __init__(
+        self, config: DemoConfig, model: CausalLM, gates: nn.ModuleList, corpus: Corpus
+    ) -> None:
+        self.config, self.model = config, model
+        self.score = Scorer(config, gates)
+        self.gates = gates
+        plan = config.evaluation
+        windows = corpus.held_out_windows(plan.windows, config.model.context + 1)
+        self.batches = windows.split(plan.windows_at_once)
+
+    def run(self, advance: Advance) -> Results:
+        """Everything; advances once per `steps`."""
+        densities = self.config.evaluation.densities
+        quality = Quality(self.config, self.score)
+        dense = self._losses(quality.dense_attention, advance, "dense")
+        timing = Timing(self.config, self.gates, quality.sample)
+        results = Results(*_perplexities(dense), timing.dense(), timing.gate(densities[-1]))
+        results.free_diagonal = quality.free_diagonal()
+        results.example = quality.example(densities[len(densities) // 2])
+        for density in densities:
+            for method in METHODS:
+                losses = self._losses(self._sparse(method, density), advance, method)
+                perplexity, late = _perplexities(losses)
+                scores = self.score(method, quality.sample, 0)
+                results.rows.append(
+                    Row(
+                        method=method,
+                        density=density,
+                        kept=keep(scores, density, self.config).density().mean().item(),
+                        perplexity=perplexity,
+                        ratio=perplexity / results.dense_perplexity,
+                        late_perplexity=late,
+                        late_ratio=late / results.dense_late_perplexity,
+                        recall=quality.recall(method, density),
+                        mass=quality.mass(method, density),
+                        attention_ms=timing.sparse(keep(scores, density, self.config)),
+                    )
+                )
+        return results
+
+    @property
+    def steps(self) -> int:
+        """How often `run` advances."""
+        return len(self.batches) * (1 + len(METHODS) * len(self.config.evaluation.densities))
+
+    def _sparse(self, method: str, density: float) -> Callable[[AttentionInput, int], Tensor]:
+        def attention(x: AttentionInput, batch_index: int) -> Tensor:
+            mask = keep(self.score(method, x, batch_index), density, self.config)
+            return seer_cuda.block_sparse_attn(x.q_rope, x.k_rope, x.v, mask)
+
+        return attention
+
+    @torch.no_grad()
+    def _losses(
+        self, attention: Callable[[AttentionInput, int], Tensor], advance: Advance, name: str
+    ) -> Tensor:
+        """Nats per byte, fp64 ``[windows, context]``."""
+        config, losses = self.config, []
+        for index, tokens in enumerate(self.batches):
+            tokens = tokens.to(config.device)
+            with torch.autocast(config.device, config.dtype, enabled=config.dtype != torch.float32):
+                logits = self.model(tokens[:, :-1], lambda x, i=index: attention(x, i))
+            losses.append(next_byte_loss(logits, tokens).double().cpu())
+            advance(name)
+        return torch.cat(losses)
+
+
+def _perplexities(losses: Tensor) -> tuple[float, float]:
+    return math.exp(losses.mean()), math.exp(losses[:, losses.shape[1] // 2 :].mean())
+
+
+class Quality:
+    """Recall and kept attention mass, layer by layer on the dense model's own activations.
+
+    So all methods are measured on one and the same attention map.
+    """
+
+    def __init__(self, config: DemoConfig, score: Scorer) -> None:
+        self.config, self.score = config, score
+        self.sums: dict[tuple[str, float, str], list[float]] = defaultdict(list)
+        self.diagonal_in_top: list[float] = []
+        self.inputs: list[AttentionInput] = []  # of the first batch, one per layer
+
+    @property
+    def sample(self) -> AttentionInput:
+        """The last layer's input for the first batch of windows."""
+        return self.inputs[-1]
+
+    def dense_attention(self, x: AttentionInput, batch_index: int) -> Tensor:
+        """Dense attention that measures every method on its way."""
+        out, lse, pooled = true_map(x, self.config)
+        if batch_index == 0:
+            self.inputs.append(x)
+        for density in self.config.evaluation.densities:
+            best = keep(pooled, density, self.config).to_dense() & self._open(density, x.q.device)
+            for method in METHODS:
+                mask = keep(self.score(method, x, batch_index), density, self.config)
+                found = (mask.to_dense() & best).sum() / best.sum().clamp_min(1)
+                _, kept_lse = seer_cuda.block_sparse_attn(
+                    x.q_rope, x.k_rope, x.v, mask, return_lse=True
+                )
+                # Both are log-sums of the same scores, so their difference is the kept share.
+                mass = (kept_lse - lse).exp().mean()
+                self.sums[method, density, "recall"].append(found.item())
+                self.sums[method, density, "mass"].append(mass.item())
+        self._note_diagonal(x, batch_index)
+        return out
+
+    def _open(self, density: float, device: torch.device) -> Tensor:
+        """bool ``[blocks, blocks]``: where methods can differ. Not the diagonal, nor rows that keep
+        all they see."""
+        row = torch.arange(self.config.blocks, device=device)
+        choice = row >= seer_cuda.select.density_to_k(density, self.config.blocks)
+        return choice[:, None] & (row[:, None] != row)
+
+    def _note_diagonal(self, x: AttentionInput, batch_index: int) -> None:
+        """How often the gate alone, nothing forced, would have kept the diagonal."""
+        scores = self.score(GATE, x, batch_index)
+        density = self.config.evaluation.densities[-1]
+        free = seer_cuda.select.from_scores(scores, "density", density).to_dense()
+        self.diagonal_in_top.append(free.diagonal(dim1=-2, dim2=-1).float().mean().item())
+
+    def free_diagonal(self) -> float:
+        """Share of rows, at the lowest density."""
+        return _mean(self.diagonal_in_top)
+
+    def recall(self, method: str, density: float) -> float:
+        """Mean over layers and batches."""
+        return _mean(self.sums[method, density, "recall"])
+
+    def mass(self, method: str, density: float) -> float:
+        """Mean over layers, heads, rows and batches."""
+        return _mean(self.sums[method, density, "mass"])
+
+    def example(self, density: float) -> Example:
+        """The head whose true map a window serves worst: the most to learn."""
+        chosen, least = (0, 0), math.inf
+        for x in self.inputs:
+            pooled = seer_cuda.distill.target_prefill(true_map(x, self.config)[2])
+            window = keep(self.score(SINK_LOCAL, x, 0), density, self.config).to_dense()
+            by_head = (pooled * window).sum(-1).mean(-1)[0]
+            if by_head.min().item() < least:
+                least, chosen = by_head.min().item(), (x.layer, int(by_head.argmin()))
+        layer, head = chosen
+        x = self.inputs[layer]
+        gate = keep(self.score(GATE, x, 0), density, self.config).to_dense()
+        pooled = true_map(x, self.config)[2]
+        return Example(layer, head, density, pooled[0, head].cpu(), gate[0, head].cpu())
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+class Timing:
+    """Median wall time in milliseconds, on the input of one layer."""
+
+    def __init__(self, config: DemoConfig, gates: nn.ModuleList, sample: AttentionInput) -> None:
+        self.config, self.gate_module, self.x = config, gates[sample.layer], sample
+        self.repeats = config.evaluation.timing_repeats
+
+    def dense(self) -> float:
+        """`block_sparse_attn` with every block."""
+        block = self.config.block
+        x = self.x
+        return self._median(
+            lambda: seer_cuda.block_sparse_attn(
+                x.q_rope, x.k_rope, x.v, block_q=block, block_kv=block
+            )
+        )
+
+    def sparse(self, mask: BlockMask) -> float:
+        """`block_sparse_attn` with the kept blocks."""
+        x = self.x
+        return self._median(lambda: seer_cuda.block_sparse_attn(x.q_rope, x.k_rope, x.v, mask))
+
+    def gate(self, density: float) -> float:
+        """Gate and selection: `AttnGate.select`."""
+        return self._median(
+            lambda: self.gate_module.select(self.x.q, self.x.k, "density", density, local=1)
+        )
+
+    def _median(self, call: Callable[[], object]) -> float:
+        times = sorted(self._times(call))
+        return 1e3 * times[len(times) // 2]
+
+    def _times(self, call: Callable[[], object]) -> Iterator[float]:
+        for repeat in range(self.repeats + 2):
+            self._wait()
+            start = time.perf_counter()
+            call()
+            self._wait()
+            if repeat >= 2:  # the first two warm up
+                yield time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.config.device == "cuda":
+            torch.cuda.synchronize()
