@@ -7,6 +7,8 @@ from torch import Tensor
 
 FAMILIES = ("normal", "large_logit", "constant", "one_hot", "denormal", "rising", "falling")
 LAYOUTS = ("bshd", "bhsd", "gaps", "fused")
+# Rows of no sequence at both ends of a pack: the CPU refuses cu_seqlens that leave any.
+SLACK = {"cpu": 0, "cuda": 7}
 
 
 def generator(seed: int) -> torch.Generator:
@@ -102,10 +104,8 @@ def varlen(
 ) -> dict:
     """Packed inputs as keyword arguments: q, k, v, cu_seqlens_q, cu_seqlens_kv, max_rows_*.
 
-    With slack, that many rows at both ends belong to no sequence. Not on the CPU, which refuses
-    cu_seqlens that do not cover the tensor.
+    With slack, that many rows at both ends belong to no sequence.
     """
-    slack = 0 if device == "cpu" else slack
     q, k, v = qkv(
         family,
         rows_q=sum(lengths_q) + 2 * slack,

@@ -14,6 +14,10 @@ from attention import BLOCKS, DTYPES, HEAD_DIMS, has_kernel, small
 from grid import case_id, pairwise
 
 from seer_cuda import reference
+from seer_cuda._composite import composite_ops
+
+# compute-sanitizer looks at kernels of ours: a composite on CUDA has none.
+COMPILED = "attn_pool" not in composite_ops()
 
 MAP_AXES = {4: ("batch", "head", "i", "j"), 3: ("head", "row", "j")}
 
@@ -44,7 +48,7 @@ def params():
     for case in filter(partial(has_kernel, "cuda"), cases("cuda")):
         marks = [pytest.mark.gpu]
         kind = (case["head_dim"], case["per_token"])
-        if max(case["rows"]) <= 130 and kind not in sanitized:
+        if COMPILED and max(case["rows"]) <= 130 and kind not in sanitized:
             sanitized.add(kind)
             marks.append(pytest.mark.reduced)
         yield pytest.param("cuda", case, id="cuda-" + case_id(case), marks=marks)
@@ -131,7 +135,7 @@ def test_varlen(device, lengths, per_token, causal, seed):
         "normal",
         lengths_q,
         lengths_kv,
-        slack=3,
+        slack=inputs.SLACK[device],
         device=device,
         heads_q=4,
         heads_kv=2,

@@ -352,3 +352,11 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
     first, second = (run.run(config, source, tmp_path / "out") for _ in range(2))
     for a, b in zip(first.rows, second.rows, strict=True):
         assert (a.perplexity, a.recall, a.mass) == (b.perplexity, b.recall, b.mass)
+
+
+@pytest.mark.gpu
+def test_a_whole_run_on_the_gpu(tmp_path):
+    config = make_config("small", "cuda", steps=3, distil_steps=2, windows=2)
+    results = run.run(config, None, tmp_path)
+    assert results.dense_perplexity < 1000
+    assert all(math.isfinite(row.perplexity) and row.mass > 0 for row in results.rows)

@@ -64,7 +64,7 @@ def test_attn_pool_varlen(device, seed):
         "normal",
         lengths,
         lengths,
-        slack=4,
+        slack=inputs.SLACK[device],
         device=device,
         heads_q=4,
         heads_kv=2,

@@ -71,14 +71,23 @@ def test_memory_around_the_tensors(device, rows, causal, seed):
     run_and_check(q, k, v, causal=causal)
     bits = make_bits("random_50", rows_q=rows[0], rows_kv=rows[1], device=device, seed=seed)
     run_and_check(q, k, v, bits, causal=causal)
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (63, 63), (65, 65), (100, 250)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_memory_around_the_tensors_of_the_map_and_the_gate(device, rows, causal, seed):
+    """The same for attn_pool and pool_gate."""
+    q, k, v = small(device, rows=rows, layout="gaps", seed=seed)
     for out in torch.ops.seer.attn_pool(q, k, v, causal=causal):
         assert not out.isnan().any()
     assert torch.ops.seer.pool_gate(k, pools=7).isfinite().all()
 
 
-@pytest.mark.reduced
+@pytest.mark.parametrize(
+    "op", [pytest.param("block_sparse_attn", marks=pytest.mark.reduced), "attn_pool"]
+)
 @pytest.mark.parametrize("causal", [True, False])
-def test_neighbouring_sequences(device, causal, seed):
+def test_neighbouring_sequences(device, op, causal, seed):
     """One sequence of a pack holds NaN: the others do not notice."""
     lengths = [70, 64, 31, 100]
     case = inputs.varlen(
@@ -103,13 +112,11 @@ def test_neighbouring_sequences(device, causal, seed):
         for name in ("q", "k", "v"):
             dirty[name] = case[name].clone()
             dirty[name][mine] = math.nan
-        for run in (
-            lambda c: sparse_op(**c, block_bits=bits, causal=causal),
-            lambda c: torch.ops.seer.attn_pool(**c, causal=causal)[:2],
-        ):
-            clean, spoiled = run(case), run(dirty)
-            numerics.assert_bitwise("out", spoiled[0][others], clean[0][others])
-            numerics.assert_bitwise("lse", spoiled[1][:, others], clean[1][:, others])
+        mask = {"block_bits": bits} if op == "block_sparse_attn" else {}
+        run = getattr(torch.ops.seer, op)
+        clean, spoiled = (run(**c, **mask, causal=causal)[:2] for c in (case, dirty))
+        numerics.assert_bitwise("out", spoiled[0][others], clean[0][others])
+        numerics.assert_bitwise("lse", spoiled[1][:, others], clean[1][:, others])
 
 
 def fill_free_memory(device, tensors):
@@ -138,7 +145,13 @@ def test_every_output_element_is_written(device, pattern, rows, seed):
 def test_tokens_of_no_sequence_are_written(device, seed):
     """Rows before the first and behind the last sequence (CUDA), and of one without keys."""
     case = inputs.varlen(
-        "normal", [40, 0, 30], [40, 50, 0], slack=50, device=device, dtype=torch.bfloat16, seed=seed
+        "normal",
+        [40, 0, 30],
+        [40, 50, 0],
+        slack=inputs.SLACK[device],
+        device=device,
+        dtype=torch.bfloat16,
+        seed=seed,
     )
     start, end = case["cu_seqlens_q"].tolist()[:2]
     nobody = torch.ones(case["q"].shape[0], dtype=torch.bool, device=device)

@@ -9,10 +9,13 @@ visible block where a row has fewer). So all methods keep exactly as many blocks
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -135,31 +138,45 @@ class Evaluator:
         """Everything; advances once per `steps`."""
         densities = self.config.evaluation.densities
         quality = Quality(self.config, self.score)
-        dense = self._losses(quality.dense_attention, advance, "dense")
-        timing = Timing(self.config, self.gates, quality.sample)
-        results = Results(*_perplexities(dense), timing.dense(), timing.gate(densities[-1]))
+        dense, dense_late = _perplexities(
+            self._losses(quality.dense_attention, advance, "dense, and every selection")
+        )
+        times = self._times(quality.sample)
+        results = Results(dense, dense_late, times["dense"], times["gate"])
         results.free_diagonal = quality.free_diagonal()
         results.example = quality.example(densities[len(densities) // 2])
         for density in densities:
             for method in METHODS:
                 losses = self._losses(self._sparse(method, density), advance, method)
                 perplexity, late = _perplexities(losses)
-                scores = self.score(method, quality.sample, 0)
-                results.rows.append(
-                    Row(
-                        method=method,
-                        density=density,
-                        kept=keep(scores, density, self.config).density().mean().item(),
-                        perplexity=perplexity,
-                        ratio=perplexity / results.dense_perplexity,
-                        late_perplexity=late,
-                        late_ratio=late / results.dense_late_perplexity,
-                        recall=quality.recall(method, density),
-                        mass=quality.mass(method, density),
-                        attention_ms=timing.sparse(keep(scores, density, self.config)),
-                    )
+                row = Row(
+                    method=method,
+                    density=density,
+                    kept=quality.mean("kept", method, density),
+                    perplexity=perplexity,
+                    ratio=perplexity / dense,
+                    late_perplexity=late,
+                    late_ratio=late / dense_late,
+                    recall=quality.mean("recall", method, density),
+                    mass=quality.mean("mass", method, density),
+                    attention_ms=times[method, density],
                 )
+                results.rows.append(row)
         return results
+
+    def _times(self, x: AttentionInput) -> dict:
+        """Milliseconds of the attention of one layer: dense, of every row, and of the gate."""
+        config, heads = self.config, (x.q_rope, x.k_rope, x.v)
+        blocks = {"block_q": config.block, "block_kv": config.block}
+        gate, lowest = self.gates[x.layer], config.evaluation.densities[-1]
+        calls: dict[Hashable, Callable[[], object]] = {
+            "dense": lambda: seer_cuda.block_sparse_attn(*heads, **blocks),
+            "gate": lambda: gate.select(x.q, x.k, "density", lowest, local=1),
+        }
+        for method, density in product(METHODS, config.evaluation.densities):
+            mask = keep(self.score(method, x, 0), density, config)
+            calls[method, density] = partial(seer_cuda.block_sparse_attn, *heads, mask)
+        return median_ms(calls, config.evaluation.timing_repeats)
 
     @property
     def steps(self) -> int:
@@ -200,7 +217,7 @@ class Quality:
 
     def __init__(self, config: DemoConfig, score: Scorer) -> None:
         self.config, self.score = config, score
-        self.sums: dict[tuple[str, float, str], list[float]] = defaultdict(list)
+        self.sums: dict[tuple[str, str, float], list[float]] = defaultdict(list)
         self.diagonal_in_top: list[float] = []
         self.inputs: list[AttentionInput] = []  # of the first batch, one per layer
 
@@ -214,19 +231,23 @@ class Quality:
         out, lse, pooled = true_map(x, self.config)
         if batch_index == 0:
             self.inputs.append(x)
+        scores = {ORACLE: pooled}
+        for method in (GATE, SINK_LOCAL, RANDOM):
+            scores[method] = self.score(method, x, batch_index)
         for density in self.config.evaluation.densities:
             best = keep(pooled, density, self.config).to_dense() & self._open(density, x.q.device)
             for method in METHODS:
-                mask = keep(self.score(method, x, batch_index), density, self.config)
+                mask = keep(scores[method], density, self.config)
                 found = (mask.to_dense() & best).sum() / best.sum().clamp_min(1)
                 _, kept_lse = seer_cuda.block_sparse_attn(
                     x.q_rope, x.k_rope, x.v, mask, return_lse=True
                 )
                 # Both are log-sums of the same scores, so their difference is the kept share.
                 mass = (kept_lse - lse).exp().mean()
-                self.sums[method, density, "recall"].append(found.item())
-                self.sums[method, density, "mass"].append(mass.item())
-        self._note_diagonal(x, batch_index)
+                self.sums["recall", method, density].append(found.item())
+                self.sums["mass", method, density].append(mass.item())
+                self.sums["kept", method, density].append(mask.density().mean().item())
+        self._note_diagonal(scores[GATE])
         return out
 
     def _open(self, density: float, device: torch.device) -> Tensor:
@@ -236,24 +257,19 @@ class Quality:
         choice = row >= seer_cuda.select.density_to_k(density, self.config.blocks)
         return choice[:, None] & (row[:, None] != row)
 
-    def _note_diagonal(self, x: AttentionInput, batch_index: int) -> None:
+    def _note_diagonal(self, scores: Tensor) -> None:
         """How often the gate alone, nothing forced, would have kept the diagonal."""
-        scores = self.score(GATE, x, batch_index)
         density = self.config.evaluation.densities[-1]
         free = seer_cuda.select.from_scores(scores, "density", density).to_dense()
         self.diagonal_in_top.append(free.diagonal(dim1=-2, dim2=-1).float().mean().item())
 
     def free_diagonal(self) -> float:
         """Share of rows, at the lowest density."""
-        return _mean(self.diagonal_in_top)
+        return statistics.fmean(self.diagonal_in_top)
 
-    def recall(self, method: str, density: float) -> float:
-        """Mean over layers and batches."""
-        return _mean(self.sums[method, density, "recall"])
-
-    def mass(self, method: str, density: float) -> float:
-        """Mean over layers, heads, rows and batches."""
-        return _mean(self.sums[method, density, "mass"])
+    def mean(self, quantity: str, method: str, density: float) -> float:
+        """ "recall", "mass" or "kept": mean over windows, layers, heads and rows."""
+        return statistics.fmean(self.sums[quantity, method, density])
 
     def example(self, density: float) -> Example:
         """The head whose true map a window serves worst: the most to learn."""
@@ -271,51 +287,23 @@ class Quality:
         return Example(layer, head, density, pooled[0, head].cpu(), gate[0, head].cpu())
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def median_ms(calls: Mapping[Hashable, Callable[[], object]], repeats: int) -> dict:
+    """Median wall time of each call in milliseconds.
 
-
-class Timing:
-    """Median wall time in milliseconds, on the input of one layer."""
-
-    def __init__(self, config: DemoConfig, gates: nn.ModuleList, sample: AttentionInput) -> None:
-        self.config, self.gate_module, self.x = config, gates[sample.layer], sample
-        self.repeats = config.evaluation.timing_repeats
-
-    def dense(self) -> float:
-        """`block_sparse_attn` with every block."""
-        block = self.config.block
-        x = self.x
-        return self._median(
-            lambda: seer_cuda.block_sparse_attn(
-                x.q_rope, x.k_rope, x.v, block_q=block, block_kv=block
-            )
-        )
-
-    def sparse(self, mask: BlockMask) -> float:
-        """`block_sparse_attn` with the kept blocks."""
-        x = self.x
-        return self._median(lambda: seer_cuda.block_sparse_attn(x.q_rope, x.k_rope, x.v, mask))
-
-    def gate(self, density: float) -> float:
-        """Gate and selection: `AttnGate.select`."""
-        return self._median(
-            lambda: self.gate_module.select(self.x.q, self.x.k, "density", density, local=1)
-        )
-
-    def _median(self, call: Callable[[], object]) -> float:
-        times = sorted(self._times(call))
-        return 1e3 * times[len(times) // 2]
-
-    def _times(self, call: Callable[[], object]) -> Iterator[float]:
-        for repeat in range(self.repeats + 2):
-            self._wait()
+    The calls take turns, so that whatever else the machine does meets all of them alike.
+    """
+    times: dict[Hashable, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            _wait_for_device()
             start = time.perf_counter()
             call()
-            self._wait()
-            if repeat >= 2:  # the first two warm up
-                yield time.perf_counter() - start
+            _wait_for_device()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    # The first round warms up.
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
-    def _wait(self) -> None:
-        if self.config.device == "cuda":
-            torch.cuda.synchronize()
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

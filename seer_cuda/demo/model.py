@@ -93,8 +93,8 @@ class Layer(nn.Module):
         )
         own, previous = self.key_mix.to(k.dtype).unsqueeze(-1).unbind(1)
         k = own * k + previous * F.pad(k, (0, 0, 0, 0, 1, 0))[:, :-1]
-        # Under autocast the norms give float32: back to the width of the other operands.
-        q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
+        # Norms run in float32; attention takes the width of the projections.
+        q, k = self.norm_q(q.float()).to(v.dtype), self.norm_k(k.float()).to(v.dtype)
         return AttentionInput(self.index, q, k, rotate(q, cos, sin), rotate(k, cos, sin), v)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:

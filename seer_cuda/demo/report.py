@@ -93,8 +93,8 @@ def notes(config: DemoConfig) -> list[str]:
     densities = ", ".join(f"{100 * d:g} %" for d in config.evaluation.densities)
     return [
         f"Asked for: {densities} of the causal triangle. All methods keep equally many blocks in "
-        "every row: its diagonal block, which all of them get for free, and the best others by "
-        "their own score.",
+        "every row: its diagonal block, given to all alike, and the best others by the method's "
+        "own score.",
         "oracle: the true attention map, pooled. late: second half of each window, where there is "
         "most to choose from. recall: share of the oracle's blocks that were found, in rows with a "
         "choice, the diagonal left out. mass: share of the true attention probability on kept "
@@ -136,7 +136,8 @@ def _cost(results: Results, density: float) -> str:
 
 
 def _signed(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.1f} %"
+    # Adding 0.0 turns -0.0 into 0.0.
+    return f"{round(100 * (ratio - 1), 1) + 0.0:+.1f} %"
 
 
 def beaten(results: Results, rival: str) -> list[float]:
