@@ -297,6 +297,7 @@ def test_findings_follow_from_the_numbers():
     assert "closes at least 88 % of the gap" in lines[3] and "(at 25 %)" in lines[3]
     assert "1.7x at 50 %, 2.9x at 25 %, 5.0x at 10 %" in lines[4]
     assert "97 % of the rows" in lines[5]
+    assert "oracle +0.0 %" in report.findings(synthetic(gate=(0.9, 1, 1)))[0]
 
 
 def test_findings_do_not_hide_a_defeat():
@@ -325,6 +326,14 @@ def test_output_into_a_file_has_no_control_characters(capsys):
     printed = capsys.readouterr().out
     assert printed.splitlines()[:3] == ["work: 2/8 note", "work: 4/8 note", "work: 6/8 note"]
     assert "\x1b" not in printed and "\r" not in printed
+
+
+def test_a_terminal_gets_bars_that_go_away():
+    console = Console(force_terminal=True, file=io.StringIO(), width=100)
+    with stage(console, "work", 2) as advance:
+        advance("note")
+        advance("")
+    assert console.file.getvalue().splitlines()[-1].startswith("work: done in")
 
 
 def test_a_whole_run_writes_what_it_says(tmp_path, capsys):
