@@ -54,7 +54,7 @@ in-place:
 own-python: build = $(shell $(PYTHON) tools/build_dir.py)
 own-python:
 	cmake -S . -B $(build) -G Ninja -DPython_EXECUTABLE="$(gpu_python)" \
-	  $(if $(SEER_ARCHS),-DSEER_ARCHS="$(SEER_ARCHS)") $(CMAKE_ARGS)
+	  -DSEER_ARCHS="$(or $(SEER_ARCHS),80;90a)" -DSEER_CUDA="$(or $(SEER_CUDA),AUTO)" $(CMAKE_ARGS)
 	cmake --build $(build) $(if $(MAX_JOBS),-j$(MAX_JOBS))
 	cmake --install $(build) --prefix .
 

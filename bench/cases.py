@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 DENSITIES = (1.0, 0.5, 0.2, 0.1)
 LENGTHS = (8192, 32768)
@@ -51,6 +51,12 @@ class Case:
         length = f"{self.rows_q // 1024}k" if self.rows_q % 1024 == 0 else str(self.rows_q)
         block = f"{self.block[0]}x{self.block[1]}"
         return f"{self.arch}-{length}-{block}-{self.mask}-d{self.density:g}"
+
+
+def case_of(row: dict) -> Case:
+    """The case that a row of a record belongs to; the row does not tell its seed."""
+    known = {field.name: row[field.name] for field in fields(Case) if field.name in row}
+    return Case(**known | {"block": tuple(row["block"])})
 
 
 def all_cases() -> list[Case]:

@@ -64,8 +64,9 @@ THEMES = (
 
 
 def newest_record(results: Path = RESULTS) -> dict | None:
-    """The record with the latest date, None if there is none."""
+    """The record with the latest date, None if there is none. Partial ones do not count."""
     records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    records = [record for record in records if "tests" in record]
     return max(records, key=lambda record: record["date"], default=None)
 
 
@@ -199,6 +200,8 @@ def speed_section(record: dict | None) -> str:
         )
     table = report.markdown_table(record["rows"], FIGURE_ROWS, FIGURE_BLOCKS[0])
     name = report.length(FIGURE_ROWS)
+    starred = any(r"\*" in line for line in table)
+    note = ["", "\\* host-bound: the time may be that of the host."] if starred else []
     return "\n".join(
         [
             "<picture>",
@@ -211,6 +214,7 @@ def speed_section(record: dict | None) -> str:
             "times, peers in the same run:",
             "",
             *table,
+            *note,
         ]
     )
 

@@ -3,8 +3,8 @@
 
     python -m bench.record               run everything, write bench/results/<gpu>.json
     python -m bench.record --sanitize    with compute-sanitizer over the reduced GPU tests
-    python -m bench.record --check       does a record belong to the present sources? (no GPU, no
-                                         torch needed; exit status 0 yes, 1 no)
+    python -m bench.record --check       is there a sound record of the present sources? (no GPU,
+                                         no torch needed; exit status 0 yes, 1 no)
 
 The exit status of a run is 0 only if every test passed, every case of ours was measured and no
 sanitizer found anything; the record is written in any case and names what is missing.
@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+from bench.cases import all_cases, case_of
 from bench.source import ROOT, source_hash
 
 RESULTS = ROOT / "bench" / "results"
@@ -35,17 +36,53 @@ def record_path(gpu: str) -> Path:
     return RESULTS / f"{name}.json"
 
 
-def check_line(paths: list[Path], source: str) -> tuple[bool, str]:
-    """Whether one of the records belongs to `source` (a hash), and the sentence that says so."""
-    newest = None
+def faults(record: dict) -> list[str]:
+    """What a record lacks or found wrong, one line each; none for a sound one.
+
+    A run without compute-sanitizer may be sound; the line of `check_records` says that it was not
+    run.
+    """
+    if "tests" not in record:
+        return ["partial: it was made without the GPU tests"]
+    found = []
+    tests = record["tests"]
+    if tests["failed"]:
+        note = f" ({tests['note']})" if "note" in tests else ""
+        found.append(f"{tests['failed']} GPU tests failed{note}")
+    for tool, errors in (record.get("sanitizer") or {}).items():
+        if errors:
+            found.append(f"{tool}: {errors if isinstance(errors, str) else f'found {errors}'}")
+    measured = {case_of(row).name for row in record["rows"]}
+    reasons = record.get("failures", {})
+    for case in all_cases():
+        if case.name not in measured:
+            found.append(f"{case.name}: {reasons.get(case.name, 'not measured')}")
+    return found
+
+
+def check_records(paths: list[Path], source: str) -> tuple[bool, str]:
+    """Whether there are records of `source` (a hash) and all of them are sound, and the text that
+    says so: a line per record of these sources, and below it one per fault."""
+    newest, lines, sound = None, [], True
     for path in sorted(paths):
         record = json.loads(path.read_text())
         line = f"{path.name} ({record['gpu']}, {record['date']}, source {record['source'][:12]})"
-        if record["source"] == source:
-            tests = record["tests"]
-            counts = ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped"))
-            return True, f"GPU record: {line} belongs to the present sources; tests: {counts}."
         newest = line
+        if record["source"] != source:
+            continue
+        tests = record.get("tests", {})
+        keys = [key for key in ("passed", "failed", "skipped") if key in tests]
+        counts = ", ".join(f"{tests[key]} {key}" for key in keys) or "not run"
+        tools = ", ".join(record.get("sanitizer") or ()) or "not run"
+        lines.append(
+            f"GPU record: {line} belongs to the present sources; tests: {counts}; "
+            f"sanitizer: {tools}."
+        )
+        wrong = faults(record)
+        lines.extend(f"  {fault}" for fault in wrong)
+        sound = sound and not wrong
+    if lines:
+        return sound, "\n".join(lines)
     if newest is None:
         return False, "GPU record: none in bench/results; `make gpu-check` on a GPU writes it."
     return False, (
@@ -100,7 +137,6 @@ def run(options: argparse.Namespace) -> int:
         return 2
 
     from bench import checks, report
-    from bench.cases import all_cases
     from bench.peers import all_peers
     from bench.runner import run_cases
     from bench.timing import CudaClock, Schedule
@@ -152,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--check", action="store_true", help="only compare record and sources")
+    parser.add_argument("--check", action="store_true", help="only judge the present record")
     parser.add_argument("--sanitize", action="store_true", help="run compute-sanitizer too")
     parser.add_argument("--only", metavar="GLOB", help="cases by name, e.g. '*-32k-64x64-*'")
     parser.add_argument("--quick", action="store_true", help="short lengths, one round")
@@ -166,9 +202,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     if options.check:
-        belongs, line = check_line(list(RESULTS.glob("*.json")), source_hash())
-        print(line)
-        return 0 if belongs else 1
+        sound, text = check_records(list(RESULTS.glob("*.json")), source_hash())
+        print(text)
+        return 0 if sound else 1
     return run(options)
 
 

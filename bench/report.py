@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+OURS = "seer_cuda"
+# From this share of its time between events on, a launch's host time may be what was measured.
+HOST_SHARE = 0.9
 # Peers that know no block mask: their speed is set against ours as a rate (TFLOP/s) of the same
 # length's dense row.
 DENSE_PEERS = ("sdpa_flash", "sdpa_cudnn", "fa3")
@@ -39,6 +42,13 @@ def peer_tflops(row: dict, name: str) -> float | None:
     return flops_of(row) / ms / 1e9 if ms else None
 
 
+def host_bound(row: dict) -> list[str]:
+    """Whose time in a row may be the host's: it enqueues hardly faster than its kernel runs."""
+    times = row["peers"] | {OURS: row["ms"]}
+    host = row.get("peers_host", {}) | {OURS: row.get("host_ms", 0.0)}
+    return [name for name, ms in times.items() if host.get(name, 0.0) > HOST_SHARE * ms]
+
+
 def best_peer(row: dict) -> tuple[str, float] | None:
     """Name and ms of the fastest peer of a row."""
     return min(row["peers"].items(), key=lambda item: item[1]) if row["peers"] else None
@@ -62,12 +72,16 @@ def ratio_lines(rows: list[dict]) -> list[str]:
             f"{name:34} {row['ms']:9.3f} {row['ms_burst']:9.3f} {row['tflops']:8.1f} "
             + (f"{flash:6.2f}x" if flash else f"{'-':>7}")
             + (f"  {best[1] / row['ms']:.2f}x {best[0]} ({best[1]:.3f} ms)" if best else "  -")
+            + "".join(f"  host-bound: {name}" for name in host_bound(row))
         )
     return lines
 
 
 def markdown_table(rows: list[dict], rows_kv: int, block: tuple[int, int]) -> list[str]:
-    """Density against time and rate at one length and block size, for the README."""
+    """Density against time and rate at one length and block size, for the README.
+
+    A star marks a host-bound time, and the ratio of a peer whose time is.
+    """
     chosen = [
         row
         for row in rows
@@ -79,10 +93,13 @@ def markdown_table(rows: list[dict], rows_kv: int, block: tuple[int, int]) -> li
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in chosen:
         flash = flash_speedup(row, rows)
-        cells = [f"{row['density']:.0%}", f"{row['ms']:.2f}", f"{row['tflops']:.0f}"]
+        bound = host_bound(row)
+        star = r"\*" if OURS in bound else ""
+        cells = [f"{row['density']:.0%}", f"{row['ms']:.2f}{star}", f"{row['tflops']:.0f}{star}"]
         cells.append(f"{flash:.1f}x" if flash else "not timed")
         for name in peers:
             ms = row["peers"].get(name)
-            cells.append(f"{ms / row['ms']:.2f}x" if ms else "not timed")
+            star = r"\*" if name in bound else ""
+            cells.append(f"{ms / row['ms']:.2f}x{star}" if ms else "not timed")
         lines.append("| " + " | ".join(cells) + " |")
     return lines

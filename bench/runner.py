@@ -12,9 +12,8 @@ import torch
 
 from bench.cases import Case
 from bench.problem import Problem, check
+from bench.report import OURS
 from bench.timing import Clock, Launch, Schedule, measure
-
-OURS = "seer_cuda"
 
 
 @dataclass
@@ -95,11 +94,13 @@ def row_of(case: Case, flops: float, timings: dict) -> dict:
         "mask": case.mask,
         "ms": round(mine.ms, 4),
         "ms_burst": round(mine.ms_burst, 4),
+        "host_ms": round(mine.host_ms, 4),
         "tflops": round(flops / mine.ms / 1e9, 1),
         "spread": round(mine.spread, 4),
         "sm_mhz": mine.sm_mhz,
         "peers": {name: round(timing.ms, 4) for name, timing in peers.items()},
         "peers_burst": {name: round(timing.ms_burst, 4) for name, timing in peers.items()},
+        "peers_host": {name: round(timing.host_ms, 4) for name, timing in peers.items()},
     }
 
 

@@ -9,7 +9,8 @@ pause up to 15 % faster than one in a stream of launches:
 
 Contestants of one case run in one process in turns (A B C, A B C, ...), so that a drift of the
 clocks meets all of them alike; a contestant's time is the median over the rounds of the medians
-within a round. Times are those between two CUDA events around each launch.
+within a round. Times are those between two CUDA events around each launch. They are the kernel's
+only where the host enqueues faster than the device runs: the host's time per launch is taken too.
 """
 
 from __future__ import annotations
@@ -34,16 +35,19 @@ class Schedule:
     burst_ms: float = 15.0
     sustained_ms: float = 80.0
     max_launches: int = 100
+    host_launches: int = 9
 
 
 @dataclass(frozen=True)
 class Timing:
     """Result for one contestant. `spread` is (slowest - fastest round) / median, sustained;
-    `sm_mhz` the SM clock under load where the driver tells it."""
+    `sm_mhz` the SM clock under load where the driver tells it; `host_ms` what the host needs to
+    enqueue one launch."""
 
     ms: float
     ms_burst: float
     spread: float
+    host_ms: float
     sm_mhz: int | None = None
 
 
@@ -55,6 +59,9 @@ class Clock(Protocol):
 
     def time_launches(self, launch: Launch, warm: int, timed: int) -> list[float]:
         """Runs `warm` and then `timed` launches back to back; ms of each of the timed ones."""
+
+    def host_ms(self, launch: Launch, count: int) -> float:
+        """What the host needs to enqueue one launch on an idle device: median of `count`, in ms."""
 
     def sm_mhz(self) -> int | None:
         """The SM clock while the last timed launches ran, or None."""
@@ -97,6 +104,21 @@ class CudaClock:
         self._mhz = self._read_mhz()
         cuda.synchronize()
         return [start.elapsed_time(end) for start, end in pairs]
+
+    def host_ms(self, launch: Launch, count: int) -> float:
+        """Times the host's calls, events included. `count` is small: a full queue would block."""
+        cuda = self._torch.cuda
+        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        times = []
+        cuda.synchronize()
+        for _ in range(count):
+            began = time.perf_counter()
+            start.record()
+            launch()
+            end.record()
+            times.append(1e3 * (time.perf_counter() - began))
+        cuda.synchronize()
+        return statistics.median(times)
 
     def sm_mhz(self) -> int | None:
         """Clock read during the last `time_launches`."""
@@ -141,12 +163,13 @@ def measure(
             sustained[name].append(statistics.median(clock.time_launches(launch, warm, many)))
             mhz[name] = clock.sm_mhz()
     result = {}
-    for name in contestants:
+    for name, launch in contestants.items():
         ms = statistics.median(sustained[name])
         result[name] = Timing(
             ms=ms,
             ms_burst=statistics.median(burst[name]),
             spread=(max(sustained[name]) - min(sustained[name])) / ms,
             sm_mhz=mhz[name],
+            host_ms=clock.host_ms(launch, schedule.host_launches),
         )
     return result

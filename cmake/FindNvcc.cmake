@@ -3,6 +3,10 @@
 # from PyPI (nvidia-cuda-nvcc, -crt, -nvvm, -cccl and -runtime together are a full toolkit under
 # site-packages/nvidia/cu13). Without any, SEER_HAVE_CUDA is OFF and the build is CPU-only.
 set(SEER_HAVE_CUDA OFF)
+string(TOUPPER "${SEER_CUDA}" SEER_CUDA)
+if(NOT SEER_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "seer_cuda: SEER_CUDA: expected AUTO, ON or OFF, got '${SEER_CUDA}'.")
+endif()
 if(SEER_CUDA STREQUAL "OFF")
   message(STATUS "seer_cuda: SEER_CUDA=OFF, building the CPU kernels only")
   return()
@@ -47,6 +51,11 @@ if(EXISTS "${nvcc_root}/lib/libcudart_static.a" AND NOT EXISTS "${nvcc_root}/lib
   set(ENV{LIBRARY_PATH} "${nvcc_root}/lib:$ENV{LIBRARY_PATH}")
 endif()
 enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.4)
+  message(FATAL_ERROR "seer_cuda: nvcc: expected 12.4 or newer, got ${CMAKE_CUDA_COMPILER_VERSION} "
+                      "(${CMAKE_CUDA_COMPILER}). Name a newer one in CUDACXX, or build the CPU "
+                      "kernels only with SEER_CUDA=OFF.")
+endif()
 # CMake 3.25 does not know nvcc 13's C++20 mode: it drops CMAKE_CUDA_STANDARD 20 and would append
 # its own default, -std=c++17. No default, then, and the flag by hand.
 set(CMAKE_CUDA_STANDARD_DEFAULT "")

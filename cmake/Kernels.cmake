@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # The CUDA kernels: sources, architectures and flags, and the ptxas report.
-if(NOT SEER_CUTLASS_DIR)
+set(cutlass_dir "${SEER_CUTLASS_DIR}")
+if(NOT cutlass_dir)
   python_package_dirs(cutlass_package cutlass_library)
-  set(SEER_CUTLASS_DIR "${cutlass_package}/source/include" CACHE PATH "" FORCE)
+  set(cutlass_dir "${cutlass_package}/source/include")
 endif()
-if(NOT EXISTS "${SEER_CUTLASS_DIR}/cute/tensor.hpp")
-  message(FATAL_ERROR "seer_cuda: CUTLASS headers were not found in '${SEER_CUTLASS_DIR}'. "
+if(NOT EXISTS "${cutlass_dir}/cute/tensor.hpp")
+  message(FATAL_ERROR "seer_cuda: CUTLASS headers were not found in '${cutlass_dir}'. "
                       "Install nvidia-cutlass==4.2.0.0 or set SEER_CUTLASS_DIR.")
 endif()
 
@@ -28,7 +29,7 @@ target_sources(seer_kernels PRIVATE
   csrc/block_sparse_attn/launch.cpp
   ${SEER_VARIANT_SOURCES})
 target_include_directories(seer_kernels SYSTEM PRIVATE
-  "${SEER_CUTLASS_DIR}" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  "${cutlass_dir}" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 set_target_properties(seer_kernels PROPERTIES
   CUDA_ARCHITECTURES "${portable_archs}"
   CUDA_VISIBILITY_PRESET hidden

@@ -32,13 +32,13 @@ NVCC_WHEELS = [
 
 def nvcc_wheels() -> list[str]:
     """The compiler wheels if this build needs them, else an empty list."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     found = (
-        shutil.which("nvcc")
-        or any(os.environ.get(name) for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"))
-        or os.path.exists("/usr/local/cuda/bin/nvcc")
+        shutil.which(os.environ.get("CUDACXX") or "nvcc")
+        or any(home and os.path.exists(os.path.join(home, "bin", "nvcc")) for home in homes)
     )
     linux = platform.system() == "Linux"
-    wanted = os.environ.get("SEER_CUDA", "AUTO").upper() != "OFF" and linux
+    wanted = (os.environ.get("SEER_CUDA") or "AUTO").upper() != "OFF" and linux
     return NVCC_WHEELS if wanted and not found else []
 
 

@@ -4,7 +4,7 @@
     python ptxas_report.py --json ptxas.json --inc kernel_resources.inc OBJECT.ptxas [...]
 
 Writes one JSON row per kernel and architecture, and the same as C++ initialisers for the
-``_core`` module. ``--gate`` exits with 1 if a kernel spills or uses local memory.
+``_core`` module. Warns of spills and local memory; tools/check_kernels.py fails on them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ USED = re.compile(r"Used (\d+) registers")
 
 
 def parse(log: Path) -> list[dict]:
-    """Rows of one log. ``name`` is the source's stem; files with several kernels add theirs."""
+    """Rows of one log. ``name`` is the source's stem, ``symbol`` tells its kernels apart."""
     stem = log.name.split(".")[0]
     rows: list[dict] = []
     for line in log.read_text().splitlines():
@@ -43,7 +43,6 @@ def main() -> int:
     parser.add_argument("logs", nargs="+", type=Path)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--inc", type=Path, required=True)
-    parser.add_argument("--gate", action="store_true")
     args = parser.parse_args()
 
     rows = [row for log in sorted(args.logs) for row in parse(log)]
@@ -54,7 +53,7 @@ def main() -> int:
     spilled = [r for r in rows if r["stack"] or r["spill_stores"] or r["spill_loads"]]
     for row in spilled:
         print(f"seer_cuda: {row['name']} ({row['arch']}) uses local memory: {row}", file=sys.stderr)
-    return 1 if args.gate and spilled else 0
+    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import torch
 from bench import masks
 from bench.cases import Case, all_cases
 from bench.problem import Problem, check, exact_row
-from bench.runner import OURS, run_cases
+from bench.report import OURS
+from bench.runner import run_cases
 from bench.timing import CudaClock, Schedule, launches_within, measure
 
 SMALL = Case(heads_q=4, heads_kv=2, head_dim=16, rows_q=512, rows_kv=512, density=0.5)
@@ -114,6 +115,10 @@ class ScriptedClock:
             return [self.burst] * timed
         return [2.0] * timed if warm == 1 else [next(self.sustained[name])] * timed
 
+    def host_ms(self, launch, count):
+        assert count < 100
+        return {"a": 0.25, "b": 0.5}[launch()]
+
     def sm_mhz(self):
         return 1500
 
@@ -124,6 +129,7 @@ def test_measure_takes_turns_and_reports_medians():
     assert (result["a"].ms, result["a"].ms_burst, result["a"].sm_mhz) == (2.0, 1.0, 1500)
     assert result["a"].spread == 1.0
     assert result["b"].ms == 10.0
+    assert (result["a"].host_ms, result["b"].host_ms) == (0.25, 0.5)
     turns = [entry[0] for entry in clock.log[2:] if entry[0] != "idle" and entry[1] > 1]
     assert turns == ["a", "b"] * 3
     # A burst follows an idle pause; a sustained time follows 150 ms of launches (2 ms each).
@@ -147,6 +153,7 @@ def test_cuda_clock_times_launches_and_not_the_host():
     (alone,) = clock.time_launches(slow_to_enqueue, 0, 1)
     assert 0.01 < alone < 5
     assert all(0 < ms < 5 for ms in clock.time_launches(lambda: a @ a, 2, 5))
+    assert clock.host_ms(slow_to_enqueue, 5) > 0.2
 
 
 def test_launches_within_is_bounded():
@@ -231,12 +238,14 @@ def test_a_failing_peer_costs_only_itself():
     clock = SimpleNamespace(
         idle=lambda ms: None,
         time_launches=lambda launch, warm, timed: [2.0] * timed,
+        host_ms=lambda launch, count: 0.125,
         sm_mhz=lambda: None,
     )
     later = time.monotonic() + 60
     results = run_cases([case], peers, clock, Schedule(rounds=1), later, lambda s: None, "cpu")
     (row,) = results.rows
     assert row["peers"] == {"good": 2.0} and OURS not in row["peers"]
+    assert row["host_ms"] == 0.125 and row["peers_host"] == {"good": 0.125}
     assert results.unavailable == {"absent": "not installed"}
     reasons = {key.split(": ")[1]: reason for key, reason in results.failures.items()}
     assert reasons["refuses"] == "RuntimeError: no kernel for this shape"
@@ -244,7 +253,7 @@ def test_a_failing_peer_costs_only_itself():
     rate = masks.flops(case, masks.block_mask(case)) / 2.0 / 1e9
     assert row["tflops"] == pytest.approx(rate, abs=0.06)
     contract = "op arch batch heads_q heads_kv head_dim rows_q rows_kv dtype causal block density"
-    contract += " mask ms ms_burst tflops peers"
+    contract += " mask ms ms_burst host_ms tflops peers"
     assert set(contract.split()) <= set(row)
 
 

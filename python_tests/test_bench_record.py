@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import figures, record, report
+from bench.cases import all_cases, case_of
 from bench.checks import count_tests, sanitizer_errors
 from bench.source import source_files, source_hash
 from tools.check_dependencies import allowed
@@ -86,9 +87,11 @@ def row(mask="random", density=0.1, ms=2.0, block=(64, 64), rows_kv=32768, **pee
         "mask": mask,
         "ms": ms,
         "ms_burst": 0.9 * ms,
+        "host_ms": 0.01,
         "tflops": 400.0,
         "peers": peers,
         "peers_burst": peers,
+        "peers_host": dict.fromkeys(peers, 0.02),
     }
 
 
@@ -120,14 +123,67 @@ def test_record_round_trip_and_place(sample, tmp_path):
     assert len(one_per_line) == len(sample["rows"])
 
 
-def test_check_line_answers_whether_the_record_is_current(sample, tmp_path):
-    assert record.check_line([], "ab" * 32)[0] is False
-    path = tmp_path / "nvidia_h200.json"
-    record.write_record(sample, path)
-    belongs, line = record.check_line([path], "ab" * 32)
-    assert belongs and "3 passed, 0 failed, 1 skipped" in line
-    belongs, line = record.check_line([path], "cd" * 32)
-    assert not belongs and "make gpu-check" in line and "\n" not in line
+@pytest.fixture
+def complete(sample) -> dict:
+    rows = [row(c.mask, c.density, 2.0, c.block, c.rows_kv) for c in all_cases()]
+    return sample | {"rows": rows, "sanitizer": {"memcheck": 0}, "failures": {}}
+
+
+def judged(tmp_path: Path, *records: dict, source: str = "ab" * 32) -> tuple[bool, str]:
+    paths = [tmp_path / f"gpu{i}.json" for i in range(len(records))]
+    for path, one in zip(paths, records, strict=True):
+        record.write_record(one, path)
+    return record.check_records(paths, source)
+
+
+def test_row_names_its_case():
+    for case in all_cases():
+        assert case_of(row(case.mask, case.density, 2.0, case.block, case.rows_kv)) == case
+
+
+def test_check_answers_whether_the_record_is_current(complete, tmp_path):
+    assert judged(tmp_path)[0] is False
+    sound, text = judged(tmp_path, complete)
+    assert sound and "3 passed, 0 failed, 1 skipped; sanitizer: memcheck." in text
+    assert "\n" not in text
+    sound, text = judged(tmp_path, complete, source="cd" * 32)
+    assert not sound and "make gpu-check" in text and "\n" not in text
+
+
+def test_check_names_what_is_wrong_with_a_present_record(complete, tmp_path):
+    dense = all_cases()[0].name
+    changes = {
+        "2 GPU tests failed (pytest exit status 3)": {
+            "tests": {"passed": 1, "failed": 2, "skipped": 0, "note": "pytest exit status 3"}
+        },
+        "racecheck: found 4": {"sanitizer": {"memcheck": 0, "racecheck": 4}},
+        "memcheck: stopped after 9 s": {"sanitizer": {"memcheck": "stopped after 9 s"}},
+        f"{dense}: not measured": {"rows": complete["rows"][1:]},
+        f"{dense}: out of luck": {"rows": complete["rows"][1:], "failures": {dense: "out of luck"}},
+    }
+    for wanted, change in changes.items():
+        sound, text = judged(tmp_path, complete | change)
+        assert not sound and text.splitlines()[1:] == [f"  {wanted}"]
+    sound, text = judged(tmp_path, complete | {"sanitizer": None})
+    assert sound and "sanitizer: not run" in text
+    # One sound record does not excuse another; records of other sources do not matter.
+    assert not judged(tmp_path, complete, complete | {"tests": {"failed": 1}})[0]
+    old = complete | {"source": "cd" * 32, "tests": {"failed": 1}}
+    assert judged(tmp_path, complete, old)[0]
+
+
+def test_partial_record_is_named_and_left_out_of_figures(complete, tmp_path, monkeypatch, capsys):
+    partial = {key: value for key, value in complete.items() if key != "tests"}
+    sound, text = judged(tmp_path, partial)
+    assert not sound and "tests: not run" in text and "partial" in text
+    assert figures.newest_record(tmp_path) is None
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "source_hash", lambda: "ab" * 32)
+    assert record.main(["--check"]) == 1 and "partial" in capsys.readouterr().out
+    judged(tmp_path, complete | {"date": "2025-01-01"})
+    assert record.main(["--check"]) == 0
+    record.write_record(partial, tmp_path / "newer.json")
+    assert figures.newest_record(tmp_path)["date"] == "2025-01-01"
 
 
 @pytest.mark.parametrize(
@@ -171,6 +227,19 @@ def test_ratios(sample):
     table = report.markdown_table(rows, 32768, (64, 64))
     assert table[0].endswith("against FlashAttention-4 | against FlexAttention |")
     assert table[-1] == "| 10% | 2.00 | 400 | 12.0x | not timed | 2.50x |"
+
+
+def test_host_bound_times_are_marked(sample):
+    assert "host-bound" not in "\n".join(report.ratio_lines(sample["rows"]))
+    slow = sample["rows"][2]
+    slow["peers_host"]["flex"] = 4.75  # of 5 ms
+    assert report.host_bound(slow) == ["flex"]
+    assert "host-bound: flex" in report.ratio_lines(sample["rows"])[4]
+    assert report.markdown_table(sample["rows"], 32768, (64, 64))[-1].endswith(r"| 2.50x\* |")
+    assert r"\* host-bound" in figures.speed_section(sample)
+    slow["host_ms"] = slow["ms"]
+    assert report.host_bound(slow) == ["flex", "seer_cuda"]
+    assert r"| 10% | 2.00\* | 400\* |" in figures.speed_section(sample)
 
 
 def test_series_give_dense_peers_their_dense_rate(sample):

@@ -24,6 +24,7 @@ from seer_cuda.demo.evaluate import (
     SINK_LOCAL,
     Evaluator,
     Example,
+    Quality,
     Results,
     Row,
     Scorer,
@@ -181,6 +182,15 @@ def test_the_model_is_causal():
     assert not torch.equal(before[:, 40:], after[:, 40:])
 
 
+def test_an_untrained_key_is_the_query_of_the_token_before():
+    inputs = []
+    model = CausalLM(TINY.model)
+    model(torch.randint(256, (1, 9)), lambda x: (inputs.append(x), dense_attention(x))[1])
+    x = inputs[0]
+    first_of_group = x.q[:, :, :: x.q.shape[2] // x.k.shape[2]]
+    torch.testing.assert_close(x.k[:, 1:], first_of_group[:, :-1])
+
+
 def test_an_untrained_model_is_uniform():
     tokens = torch.randint(256, (2, 33))
     losses = next_byte_loss(CausalLM(TINY.model)(tokens[:, :-1]), tokens)
@@ -250,6 +260,15 @@ def test_results_are_consistent(tiny_run):
             assert 0 <= row.recall <= 1 and 0 < row.mass <= 1 + 1e-6
             assert row.ratio == pytest.approx(row.perplexity / results.dense_perplexity)
     assert 0 <= results.free_diagonal <= 1
+
+
+def test_the_free_diagonal_counts_rows_with_a_choice():
+    quality = Quality(TINY, None)
+    assert quality.free_diagonal() == 1
+    # The first block is best everywhere, so the diagonal is last: no row with a choice keeps it.
+    worst = torch.arange(TINY.blocks, 0.0, -1).expand(1, 1, TINY.blocks, TINY.blocks)
+    quality._note_diagonal(worst)
+    assert quality.free_diagonal() == 0
 
 
 def test_dense_perplexity_is_that_of_torch_attention(tiny_run):
@@ -329,7 +348,7 @@ def test_output_into_a_file_has_no_control_characters(capsys):
 
 
 def test_a_terminal_gets_bars_that_go_away():
-    console = Console(force_terminal=True, file=io.StringIO(), width=100)
+    console = Console(force_terminal=True, color_system=None, file=io.StringIO(), width=100)
     with stage(console, "work", 2) as advance:
         advance("note")
         advance("")

@@ -109,6 +109,66 @@ def test_decode_loss_drops_the_first_half(seed):
     assert float(loss) == pytest.approx(literal_loss(scores, target, 4), rel=1e-5)
 
 
+def packed_pair(lengths, blocks, seed):
+    """Scores and target ``[2, total, blocks]``, and each sequence's rows."""
+    gen = inputs.generator(seed)
+    total = sum(lengths)
+    scores = torch.randn(2, total, blocks, generator=gen)
+    target = distill.target_prefill(torch.rand(2, total, blocks, generator=gen))
+    ends = [sum(lengths[: n + 1]) for n in range(len(lengths))]
+    return scores, target, [slice(e - n, e) for n, e in zip(lengths, ends, strict=True)]
+
+
+@pytest.mark.parametrize("lengths", [[7, 4, 1], [5, 0, 6], [8]])
+@pytest.mark.parametrize("kind", ["decode", "prefill", "mse"])
+@pytest.mark.parametrize("reduction", ["element_mean", "row_mean"])
+def test_packed_loss_is_the_mean_over_sequences(lengths, kind, reduction, seed):
+    """Each sequence loses its own leading rows; rows of no sequence count nowhere."""
+    scores, target, spans = packed_pair(lengths, 3, seed)
+    options = {"kind": kind, "reduction": reduction}
+    alone = [
+        distill.gate_loss(scores[None, :, at], target[None, :, at], **options)
+        for at in spans
+        if at.start < at.stop
+    ]
+    stray = torch.full((2, 2, 3), math.nan)
+    scores = torch.cat([scores, stray], 1).requires_grad_()
+    target = torch.cat([target, stray], 1)
+    cu = inputs.packed(lengths)
+    loss = distill.gate_loss(scores, target, cu_seqlens=cu, **options)
+    torch.testing.assert_close(loss, torch.stack(alone).mean(), rtol=1e-5, atol=1e-7)
+    loss.backward()
+    assert scores.grad.isfinite().all() and (scores.grad[:, -2:] == 0).all()
+
+
+def test_packed_loss_with_given_rows(seed):
+    """A sequence that loses all its rows does not count in the mean."""
+    scores, target, spans = packed_pair([7, 2, 4], 3, seed)
+    alone = [
+        distill.gate_loss(scores[None, :, at], target[None, :, at], drop_rows=3)
+        for at in (spans[0], spans[2])
+    ]
+    cu = inputs.packed([7, 2, 4])
+    loss = distill.gate_loss(scores, target, drop_rows=3, cu_seqlens=cu)
+    torch.testing.assert_close(loss, torch.stack(alone).mean())
+
+
+def test_packed_loss_refuses(seed):
+    scores, target, _ = packed_pair([7, 4], 3, seed)
+    cu = inputs.packed([7, 4])
+    form = r"seer::gate_loss: .+: expected .+, got .+"
+    for x, wrong in (
+        (scores, {"kind": "decode"}),
+        (scores[None], {"cu_seqlens": cu}),
+        (scores, {"cu_seqlens": cu.float()}),
+        (scores, {"cu_seqlens": cu[:1]}),
+        (scores, {"cu_seqlens": cu, "drop_rows": -1}),
+        (scores[:, :0], {}),
+    ):
+        with pytest.raises(ValueError, match=form):
+            distill.gate_loss(x, target.expand_as(x) if x.shape[-2] else x, **wrong)
+
+
 def test_loss_is_zero_for_a_perfect_gate(seed):
     _, target = training_pair(seed)
     assert float(distill.gate_loss(target.log(), target)) == pytest.approx(0.0, abs=1e-6)

@@ -135,6 +135,70 @@ def test_wrong_checkpoints_are_explained():
         gate.load_released_state_dict(double)
 
 
+def test_decode_checkpoints_are_named():
+    """A decode gate of SeerAttention-R, under its present and its first names."""
+    gate = AttnGate(GateConfig(4, 2, 16, gate_dim=16))
+    prefix = "model.layers.0.self_attn.attn_gate."
+    states = [
+        {"attngate_linear_q.weight": torch.zeros(2, 2, 16, 16)},
+        {"attngate_qnorm.weight": torch.zeros(16)},
+        {"mask_linear_k.weight": torch.zeros(2, 48, 16), "mask_qnorm.weight": torch.zeros(16)},
+        {"mask_linear_q.weight": torch.zeros(2, 2, 16, 16)},
+    ]
+    for state in states:
+        for layer, named in ((None, state), (0, {prefix + key: x for key, x in state.items()})):
+            with pytest.raises(ValueError, match=CONTRACT + ".*prefill") as error:
+                gate.load_released_state_dict(named, layer)
+            assert "decode gate of SeerAttention-R" in str(error.value)
+
+
+def test_loads_a_layer_of_a_whole_model(seed):
+    state = released(seed=seed)
+    others = ("layers.1.self_attn.q_norm.weight", "layers.1.mlp.up.weight", "embed.weight")
+    whole = {f"model.{name}": torch.zeros(16) for name in others} | state
+    gate = AttnGate(GateConfig(4, 2, 16, gate_dim=16)).load_released_state_dict(whole, layer=1)
+    key = "model.layers.1.self_attn.attn_gate.mask_linear_k.weight"
+    assert torch.equal(gate.mask_linear_k.weight, state[key].float())
+
+
+def test_meta_gates_take_the_checkpoint(seed):
+    """Parameters without memory become copies of the checkpoint; the frequencies come along."""
+    config = GateConfig(4, 2, 16, gate_dim=16)
+    with torch.device("meta"):
+        gate = AttnGate(config)
+    assert gate.mask_linear_k.weight.is_meta and gate.inv_freq.is_meta
+    state = released(seed=seed)
+    gate.load_released_state_dict(state, layer=1)
+    eager = AttnGate(config).load_released_state_dict(state, layer=1)
+    assert gate.mask_linear_k.weight.requires_grad
+    assert gate.mask_linear_k.weight.dtype == torch.float32
+    q, k = model_inputs(config, seed=seed)
+    assert torch.equal(gate(q, k), eager(q, k))
+    same = AttnGate(config, device="meta", dtype=torch.bfloat16)
+    same.load_released_state_dict(state, layer=1)
+    with torch.no_grad():
+        same.mask_linear_k.weight.zero_()
+    assert all(x.any() for x in state.values())
+
+
+def test_meta_checkpoints_and_frequencies_are_refused():
+    config = GateConfig(4, 2, 16, gate_dim=16)
+    state = {"mask_linear_k.weight": torch.zeros(4, 48, 16, device="meta")}
+    with pytest.raises(ValueError, match=CONTRACT):
+        AttnGate(config).load_released_state_dict(state)
+    with pytest.raises(ValueError, match=CONTRACT):
+        AttnGate(config, torch.zeros(8, device="meta"))
+
+
+def test_frequencies_follow_the_default_device(device):
+    with torch.device(device):
+        gate = AttnGate(GateConfig(4, 2, 16, gate_dim=16))
+    assert gate.inv_freq.device == gate.mask_linear_k.weight.device
+    assert gate.inv_freq.device.type == torch.device(device).type
+    empty = AttnGate(gate.config, device="meta").to_empty(device=device)
+    assert torch.equal(empty.inv_freq, gate.inv_freq)
+
+
 def test_rope_is_taken_at_the_first_token(seed):
     gate = AttnGate(GateConfig(4, 2, 16, gate_dim=16))
     q, k = model_inputs(gate.config, seed=seed)
@@ -194,6 +258,44 @@ def test_chunked_prefill_selects_the_last_rows(seed):
     whole = gate.select(q, k, "topk", 3).to_dense()
     chunk = gate.select(q[:, -256:], k, "topk", 3).to_dense()
     assert torch.equal(chunk, whole[:, :, -4:])
+
+
+def test_a_last_short_block_in_a_chunk(seed):
+    """A chunk that starts at a block and ends within one selects what the whole prompt selects."""
+    torch.manual_seed(seed)
+    gate = AttnGate(GateConfig(4, 2, 16, gate_dim=16, init_std=1.0))
+    q, k = model_inputs(gate.config, rows=600, seed=seed)
+    whole = gate.select(q, k, "topk", 3, local=1)
+    chunk = gate.select(q[:, 448:], k, "topk", 3, local=1).validate()
+    assert torch.equal(chunk.to_dense(), whole.to_dense()[:, :, -3:])
+
+
+def x(*shape):
+    return torch.zeros(shape)
+
+
+WRONG_INPUTS = {
+    "heads of q": ("q", (x(1, 128, 2, 16), x(1, 128, 2, 16))),
+    "heads of k": ("k", (x(1, 128, 4, 16), x(1, 128, 4, 16))),
+    "head_dim of q": ("q", (x(1, 128, 4, 32), x(1, 128, 2, 16))),
+    "head_dim of k": ("k", (x(1, 128, 4, 16), x(1, 128, 2, 32))),
+    "packed q": ("q", (x(128, 4, 16), x(128, 2, 16))),
+    "rows_kv": ("k", (x(1, 128, 4, 16), x(1, 64, 2, 16))),
+    "positions": ("positions", (x(1, 64, 4, 16), x(1, 128, 2, 16), torch.arange(64))),
+    "position": ("positions", (x(1, 64, 4, 16), x(1, 128, 2, 16), torch.tensor(3))),
+    "chunk": ("rows_q", (x(1, 100, 4, 16), x(1, 128, 2, 16))),
+    "decode": ("rows_q", (x(1, 1, 4, 16), x(1, 128, 2, 16))),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INPUTS)
+@pytest.mark.parametrize("method", ["embed", "forward", "select"])
+def test_inputs_are_refused(method, name):
+    argument, args = WRONG_INPUTS[name]
+    gate = AttnGate(GateConfig(4, 2, 16, gate_dim=16))
+    form = rf"seer::AttnGate: {argument}: expected .+, got .+\. \S.*\."
+    with pytest.raises(ValueError, match=form):
+        getattr(gate, method)(*args[:2], positions=args[2] if args[2:] else None)
 
 
 def test_training_step(seed):

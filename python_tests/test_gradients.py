@@ -195,3 +195,18 @@ def test_gradcheck(pools, seed):
         return ops.pool_gate(x, weight, block=4, pools=pools)
 
     torch.autograd.gradcheck(gate, (x, weight), eps=2.0**-6, atol=1e-3, rtol=1e-3, nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("name", ["cos", "sin"])
+def test_rope_tables_have_no_gradient(device, name, seed):
+    """A table that requires a gradient is refused, unless no graph is made."""
+    tables = {key: torch.rand(2, 8, device=device) for key in ("cos", "sin")}
+    tables[name].requires_grad_()
+    x = torch.randn(1, 100, 2, 16, generator=inputs.generator(seed)).to(device)
+    if device == "cuda":
+        x = x.bfloat16()
+    for needs in (False, True):
+        with pytest.raises(NotImplementedError, match=f"seer::pool_gate: {name}: expected .+, got"):
+            ops.pool_gate(x.detach().requires_grad_(needs), None, *tables.values())
+    with torch.no_grad():
+        assert not ops.pool_gate(x, None, *tables.values()).requires_grad

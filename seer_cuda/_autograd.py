@@ -139,6 +139,12 @@ _library.impl("block_sparse_attn", _block_sparse_attn, "Autograd")
 def _pool_gate_setup(
     ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: Tensor
 ) -> None:
+    for name, table in zip(("cos", "sin"), inputs[2:], strict=False):
+        if table is not None and table.requires_grad:
+            raise NotImplementedError(
+                f"seer::pool_gate: {name}: expected a table without a gradient, got "
+                "requires_grad=True. Detach it: pool_gate differentiates in x and weight only."
+            )
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs)
     ctx.options = keyword_only_inputs

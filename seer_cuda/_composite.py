@@ -2,8 +2,11 @@
 """CUDA implementations of the ops that have no compiled CUDA kernel in this library.
 
 They are the torch-operator formulas of `_attn_math` and `_gate_math`: same contract, fp32
-accumulation, memory O(rows * block), no host synchronisation. The argument checks are those of the
-compiled ops (``seer::_check_*``, the same arguments), so a mistake reads the same on every device.
+accumulation, no host synchronisation. Unlike the compiled kernels they allocate temporaries:
+attn_pool score tiles of O(chunk * rows_kv), gate_select the scores of a chunk of query blocks, both
+bounded by `_TILE_ELEMENTS`; gate_scores and pool_gate some copies of their inputs and output. The
+argument checks are those of the compiled ops (``seer::_check_*``, the same arguments), so a mistake
+reads the same on every device.
 """
 
 from __future__ import annotations

@@ -222,7 +222,11 @@ class BlockMask:
         return replace(self, block_bits=self.block_bits.to(device, non_blocking=non_blocking))
 
     def select_heads(self, heads: int | slice | Sequence[int] | Tensor) -> BlockMask:
-        """The mask of some heads, still with 4 dimensions."""
+        """The mask of some heads, still with 4 dimensions.
+
+        A list (or a single int) is copied from the host to the mask's device; a slice, or an index
+        tensor on that device, is not.
+        """
         if isinstance(heads, int):
             heads = [heads]
         return replace(self, block_bits=self.block_bits[:, heads])

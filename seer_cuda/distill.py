@@ -9,6 +9,7 @@ and carries no gradient.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -88,6 +89,7 @@ def gate_loss(
     reduction: Literal["element_mean", "row_mean"] = "element_mean",
     drop_rows: int | None = None,
     loss_scale: float = LOSS_SCALE,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The distillation loss of one gate (one layer); layers add up.
 
@@ -96,7 +98,8 @@ def gate_loss(
 
     Args:
         scores: Logits ``[..., rows, blocks_kv]``, -inf where a block is not visible
-            (`seer_cuda.gate_scores`).
+            (`seer_cuda.gate_scores`). Packed sequences: ``[heads_kv, total, blocks_kv]`` with
+            cu_seqlens.
         target: The same shape, rows that sum to 1 or are empty. What a target holds on blocks
             whose score is -inf is left out: no gate could learn it.
         kind: Also the number of leading rows that are left out for stability: a quarter for
@@ -104,15 +107,21 @@ def gate_loss(
         reduction: ``"element_mean"`` divides by the number of elements as the reference does
             (KLDivLoss's default), so the loss shrinks with blocks_kv; ``"row_mean"`` divides by
             the number of rows.
-        drop_rows: Leading rows to leave out instead.
+        drop_rows: Leading rows to leave out instead (of every packed sequence).
         loss_scale: Factor on the result.
+        cu_seqlens: int32 or int64 ``[sequences + 1]`` on the device of scores, needed for decode
+            with 3-D scores: sequence n is rows ``cu[n]`` to ``cu[n + 1]``. Rows are left out of
+            each sequence (``len // 2`` for decode), and the result is the mean of the sequences'
+            losses (SeerAttention-R, section 2.3) over those with a row left. Never read on the
+            host.
 
     Returns:
         fp32 scalar. Finite, with finite gradients, for rows whose target is empty or whose scores
         are all -inf too: such rows add 0 and count in the mean.
 
     Raises:
-        ValueError: unknown kind or reduction, shapes that differ, or no row left.
+        ValueError: unknown kind or reduction, shapes that differ, no row left, 3-D decode scores
+            without cu_seqlens, or cu_seqlens of another form.
     """
     if scores.shape != target.shape:
         raise ValueError(
@@ -129,23 +138,77 @@ def gate_loss(
             "seer::gate_loss: reduction: expected element_mean or row_mean, got "
             f"{reduction!r}. Choose one."
         )
-    rows = scores.shape[-2]
-    if drop_rows is None:
-        drop_rows = rows // shares[kind] if shares[kind] else 0
-    if not 0 <= drop_rows < rows:
+    _check_packing(scores, kind, cu_seqlens)
+    rows, blocks = scores.shape[-2:]
+    first = _dropped(rows, shares[kind], drop_rows)
+    # How long packed sequences are is known on the device only.
+    most = rows - 1 if cu_seqlens is None else math.inf
+    if not 0 <= first <= most:
         raise ValueError(
-            f"seer::gate_loss: drop_rows: expected 0 to {rows - 1}, got {drop_rows}. Keep a row."
+            f"seer::gate_loss: drop_rows: expected 0 to {most}, got {first}. Keep a row."
         )
-    scores = scores[..., drop_rows:, :].to(torch.float32)
+    if cu_seqlens is None:
+        scores, target = scores[..., first:, :], target[..., first:, :]
+    scores, target = scores.to(torch.float32), target.detach().to(torch.float32)
     visible = scores > -torch.inf
-    target = target[..., drop_rows:, :].detach().to(torch.float32).masked_fill(~visible, 0)
+    if cu_seqlens is None:
+        weight = 1 / (rows - first)
+    else:
+        weight = _packed_weights(rows, cu_seqlens, shares[kind], drop_rows)[:, None]
+        visible = visible & (weight > 0)
+    target = target.masked_fill(~visible, 0)
     # A finite floor in place of -inf: the softmax of a row without any visible block is defined.
     log_prob = scores.masked_fill(~visible, torch.finfo(torch.float32).min).log_softmax(-1)
     if kind == "mse":
         terms = (log_prob.exp() - target).square().masked_fill(~visible, 0)
     else:
         terms = torch.xlogy(target, target) - target * log_prob.masked_fill(~visible, 0)
-    count = terms.numel()
-    if reduction == "row_mean":
-        count = count // scores.shape[-1]
-    return terms.sum() * (loss_scale / count)
+    maps = math.prod(scores.shape[:-2])
+    if reduction == "element_mean":
+        maps *= blocks
+    return (terms * weight).sum() * (loss_scale / maps)
+
+
+def _check_packing(scores: Tensor, kind: str, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is None:
+        if kind == "decode" and scores.dim() == 3:
+            raise ValueError(
+                "seer::gate_loss: cu_seqlens: expected the starts of the packed sequences with "
+                f"scores {list(scores.shape)}, got None. Pass cu_seqlens, or scores with a batch "
+                "dimension."
+            )
+        return
+    if scores.dim() != 3:
+        raise ValueError(
+            "seer::gate_loss: scores: expected [heads, total, blocks_kv] with cu_seqlens, got "
+            f"{list(scores.shape)}. Leave cu_seqlens out for a batch."
+        )
+    form = cu_seqlens.dtype in (torch.int32, torch.int64) and cu_seqlens.dim() == 1
+    if not form or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            "seer::gate_loss: cu_seqlens: expected int32 or int64 [sequences + 1], got "
+            f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}. Pass those of attn_pool."
+        )
+
+
+def _dropped(rows: int | Tensor, share: int, drop_rows: int | None) -> int | Tensor:
+    """Leading rows that are left out of `rows`."""
+    if drop_rows is not None:
+        return drop_rows
+    return rows // share if share else 0
+
+
+def _packed_weights(rows: int, cu_seqlens: Tensor, share: int, drop_rows: int | None) -> Tensor:
+    """fp32 ``[rows]``: 1 / (counted sequences * kept rows of the own one); 0 where left out."""
+    cu = cu_seqlens.to(torch.int64)
+    length = cu.diff()
+    first = _dropped(length, share, drop_rows)
+    kept = (length - first).clamp_min(0)
+    row = torch.arange(rows, device=cu.device)
+    # Empty sequences share their start with the next one, which right=True finds.
+    sequence = torch.searchsorted(cu[1:].contiguous(), row, right=True)
+    inside = sequence < length.shape[0]
+    sequence = sequence.clamp_max(length.shape[0] - 1)
+    inside = inside & (row >= (cu[:-1] + first)[sequence])
+    weight = 1 / (kept.clamp_min(1) * (kept > 0).sum().clamp_min(1)).to(torch.float32)
+    return weight[sequence].masked_fill(~inside, 0)

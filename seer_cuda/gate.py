@@ -9,13 +9,14 @@ checkpoints (``mask_linear_q.weight``, ``mask_linear_k.weight``).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from seer_cuda._checkpoint import released_gate_state
+from seer_cuda._contracts import check_gate_alignment
 from seer_cuda.block_mask import BlockMask
 from seer_cuda.ops import POOLS, Method, gate_scores, gate_select, pool_bits, pool_gate
 
@@ -149,7 +150,7 @@ class AttnGate(nn.Module):
         device, dtype: Of the weights. Frequencies stay float32 whatever the module is cast to.
 
     Raises:
-        ValueError: inv_freq has another length than rotary / 2.
+        ValueError: inv_freq has another length than rotary / 2, or no values (meta).
     """
 
     def __init__(
@@ -166,21 +167,31 @@ class AttnGate(nn.Module):
             self.add_module(name.removesuffix(".weight"), linear)
         half = config.rotary // 2
         if inv_freq is None:
-            exponent = torch.arange(half, dtype=torch.float64) / max(1, half)
+            # On the CPU whatever the default device: under torch.device("meta") they need values.
+            exponent = torch.arange(half, dtype=torch.float64, device="cpu") / max(1, half)
             inv_freq = config.rope_theta**-exponent
         if inv_freq.shape != (half,):
             raise ValueError(
                 f"seer::AttnGate: inv_freq: expected [{half}] (rotary_dim / 2), got "
                 f"{list(inv_freq.shape)}. Set rotary_dim to twice its length."
             )
+        if inv_freq.is_meta:
+            raise ValueError(
+                "seer::AttnGate: inv_freq: expected values, got a meta tensor. Leave it out, or "
+                "compute it on the CPU."
+            )
         self._frequencies = inv_freq.detach().to("cpu", torch.float32)
-        self.register_buffer("inv_freq", self._frequencies.to(device), persistent=False)
+        self.register_buffer("inv_freq", self._frequencies, persistent=False)
+        self._place_frequencies()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttnGate:
         # .to(bfloat16) must not round the frequencies: at 128k tokens they are angles of 1e5.
         super()._apply(fn, recurse)
-        self.inv_freq = self._frequencies.to(self.inv_freq.device)
+        self._place_frequencies()
         return self
+
+    def _place_frequencies(self) -> None:
+        self.inv_freq = self._frequencies.to(self.mask_linear_k.weight.device)
 
     def rope_tables(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """cos and sin, fp32 ``[..., blocks, rotary / 2]``, at the first token of every block.
@@ -199,14 +210,21 @@ class AttnGate(nn.Module):
 
         Args:
             q: ``[batch, rows_q, heads_q, head_dim]``, before RoPE.
-            k: ``[batch, rows_kv, heads_kv, head_dim]``, before RoPE, rows_kv >= rows_q.
+            k: ``[batch, rows_kv, heads_kv, head_dim]``, before RoPE, rows_kv >= rows_q. rows_kv -
+                rows_q is a multiple of the block, since the gate's causal rule counts in blocks:
+                start chunks of a prompt at multiples of the block.
             positions: Token positions of the KV rows, ``[rows_kv]`` or ``[batch|1, rows_kv]``; the
                 query rows are the last rows_q of them. Default: 0, 1, 2, ...
 
         Returns:
             q_gate ``[batch, blocks_q, heads_q, gate_dim]`` and k_gate ``[batch, blocks_kv, heads_q
             (single-linear) or heads_kv, gate_dim]``, of q's dtype.
+
+        Raises:
+            ValueError: q, k or positions of another shape, rows_kv < rows_q, or a chunk that does
+                not start at a multiple of the block.
         """
+        self._check_inputs(q, k, positions)
         rows_q, rows_kv = q.shape[1], k.shape[1]
         if positions is None:
             positions = torch.arange(rows_kv, device=k.device)
@@ -221,6 +239,28 @@ class AttnGate(nn.Module):
         )
         return q_gate, k_gate
 
+    def _check_inputs(self, q: Tensor, k: Tensor, positions: Tensor | None) -> None:
+        config = self.config
+        for name, x, heads in (("q", q, config.heads_q), ("k", k, config.heads_kv)):
+            if x.dim() != 4 or tuple(x.shape[2:]) != (heads, config.head_dim):
+                raise ValueError(
+                    f"seer::AttnGate: {name}: expected [batch, rows, {heads}, {config.head_dim}] "
+                    f"(heads, head_dim of the GateConfig), got {list(x.shape)}. Pass {name} "
+                    "before RoPE, one row per token."
+                )
+        rows_q, rows_kv = q.shape[1], k.shape[1]
+        if rows_kv < rows_q:
+            raise ValueError(
+                f"seer::AttnGate: k: expected rows_kv of at least rows_q = {rows_q}, got "
+                f"{rows_kv}. Pass the keys of the whole prompt so far."
+            )
+        if positions is not None and (positions.dim() < 1 or positions.shape[-1] != rows_kv):
+            raise ValueError(
+                f"seer::AttnGate: positions: expected rows_kv = {rows_kv} in the last dimension, "
+                f"got {list(positions.shape)}. Pass one position per KV row."
+            )
+        check_gate_alignment("AttnGate", rows_q, rows_kv, config.block, config.block, "block")
+
     def _weight(self, name: str, x: Tensor) -> Tensor | None:
         if name == "mask_linear_q" and self.config.single_linear:
             return None
@@ -229,7 +269,7 @@ class AttnGate(nn.Module):
     def forward(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> Tensor:
         """Gate scores, fp32 ``[batch, heads_q, blocks_q, blocks_kv]``, -inf where not visible.
 
-        Arguments as in `embed`. Differentiable in the weights, q and k; this is what
+        Arguments and errors as in `embed`. Differentiable in the weights, q and k; this is what
         `seer_cuda.distill.gate_loss` takes.
         """
         return gate_scores(*self.embed(q, k, positions))
@@ -248,7 +288,10 @@ class AttnGate(nn.Module):
     ) -> BlockMask:
         """The block mask for these q and k; `seer_cuda.gate_select` explains the options.
 
-        Arguments q, k and positions as in `embed`. No gradient flows through a selection.
+        Arguments q, k, positions and errors as in `embed`. No gradient flows through a selection.
+
+        The gate was trained on pooled blocks of queries. rows_q < block, a decode step above all,
+        is outside of that distribution: the paper keeps decode dense, and so should the caller.
         """
         with torch.no_grad():
             q_gate, k_gate = self.embed(q, k, positions)
@@ -273,8 +316,9 @@ class AttnGate(nn.Module):
 
         Args:
             state: All layers, with keys ``...layers.{i}.self_attn.attn_gate.mask_linear_k.weight``
-                under any prefix, or one gate's own keys. ``attngate_linear_*`` is taken for
-                ``mask_linear_*``. Weights are cast to the module's dtype.
+                under any prefix (other keys of a whole model are skipped), or one gate's own keys.
+                Weights are cast to the module's dtype. Parameters on the meta device take copies
+                on the checkpoint's device, and the frequencies follow them there.
             layer: Which layer; needed where the keys carry layer numbers.
 
         Returns:
@@ -282,7 +326,8 @@ class AttnGate(nn.Module):
 
         Raises:
             KeyError: a weight is missing, or another gate's weights are there; names the keys.
-            ValueError: a weight has another shape; names the key and both shapes.
+            ValueError: a weight has another shape (names the key and both shapes) or no values
+                (meta), or the checkpoint is a decode gate of SeerAttention-R.
         """
         own = released_gate_state(state, layer)
         expected = self.config.weight_shapes()
@@ -298,6 +343,11 @@ class AttnGate(nn.Module):
                     f"seer::AttnGate: {name}{where}: expected shape {list(shape)}, got "
                     f"{list(own[name].shape)}. Set the GateConfig of this checkpoint."
                 )
+            if own[name].is_meta:
+                raise ValueError(
+                    f"seer::AttnGate: {name}{where}: expected values, got a meta tensor. Load the "
+                    "checkpoint onto a device with memory."
+                )
         extra = sorted(set(own) - set(expected))
         if extra:
             mode = "single" if self.config.single_linear else "double"
@@ -305,36 +355,15 @@ class AttnGate(nn.Module):
                 f"seer::AttnGate: {', '.join(extra)}{where}: expected only {sorted(expected)} in "
                 f"{mode}-linear mode, got more. Set force_double, or use a prefill checkpoint."
             )
-        self.load_state_dict(own)
+        if any(weight.is_meta for weight in self.parameters()):
+            # There is no memory to copy into. Copies, so that training leaves the checkpoint alone.
+            dtype = self.mask_linear_k.weight.dtype
+            own = {name: value.detach().to(dtype, copy=True) for name, value in own.items()}
+            self.load_state_dict(own, assign=True)
+            self._place_frequencies()
+        else:
+            self.load_state_dict(own)
         return self
-
-
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-
-
-def released_gate_state(state: Mapping[str, Tensor], layer: int | None = None) -> dict[str, Tensor]:
-    """The weights of one gate under the names of `AttnGate`: prefixes off, aliases resolved.
-
-    Args:
-        state: A checkpoint, see `AttnGate.load_released_state_dict`.
-        layer: Keep the keys of this layer only. None: keys must not carry layer numbers.
-
-    Raises:
-        KeyError: layer is None and the keys carry layer numbers.
-    """
-    own = {}
-    for key, value in state.items():
-        number = _LAYER.search(key)
-        if number is not None and layer is None:
-            raise KeyError(
-                f"seer::AttnGate: {key}: expected the keys of one gate, got numbered layers. "
-                "Pass layer=."
-            )
-        if number is not None and int(number[1]) != layer:
-            continue
-        name = key.rpartition("attn_gate.")[2] if "attn_gate." in key else key
-        own[name.replace("attngate_linear_", "mask_linear_")] = value
-    return own
 
 
 __all__ = ["GATE_NAMES", "POOLS", "AttnGate", "GateConfig", "HeadLinear", "released_gate_state"]

@@ -21,8 +21,14 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from seer_cuda._contracts import (
+    agree,
+    check_gate_alignment,
+    check_mask_lengths,
+    rows_of_blocks,
+)
 from seer_cuda._gate_math import POOL_AVG, POOL_MAX, POOL_MIN
-from seer_cuda.block_mask import BlockMask, ceil_div
+from seer_cuda.block_mask import BlockMask
 from seer_cuda.select import resolve_method
 
 #: Poolings in the order of their channels, and their bits in ``torch.ops.seer.pool_gate``.
@@ -115,19 +121,20 @@ def block_sparse_attn(
     Raises:
         TypeError: mask is neither a BlockMask nor a tensor.
         ValueError: block_q, block_kv or causal differ from the BlockMask's, or its block counts
-            from those of q and k.
+            from those of q and k, or packed q with a BlockMask but no cu_seqlens_q.
         RuntimeError: refused by the op.
         NotImplementedError: on backward; the op is forward-only.
     """
     bits: Tensor | None
     if isinstance(mask, BlockMask):
-        block_q = _agree("block_q", block_q, mask.block_q)
-        block_kv = _agree("block_kv", block_kv, mask.block_kv)
-        causal = _agree("causal", causal, mask.causal)
+        block_q = agree("block_q", block_q, mask.block_q)
+        block_kv = agree("block_kv", block_kv, mask.block_kv)
+        causal = agree("causal", causal, mask.causal)
+        packed_rows = None
         if cu_seqlens_q is not None:
             max_rows_q, max_rows_kv = max_rows_q or mask.rows_q, max_rows_kv or mask.rows_kv
-        rows = (max_rows_q, max_rows_kv) if cu_seqlens_q is not None else (q.shape[1], k.shape[1])
-        _check_lengths(mask, *rows)
+            packed_rows = (max_rows_q, max_rows_kv)
+        check_mask_lengths(mask, q, k, packed_rows)
         bits = mask.block_bits
     elif mask is None or isinstance(mask, Tensor):
         bits = mask
@@ -151,25 +158,6 @@ def block_sparse_attn(
         max_rows_kv=max_rows_kv,
     )
     return (out, lse) if return_lse else out
-
-
-def _agree(name: str, given: int | None, mask_has: int) -> int:
-    if given is not None and given != mask_has:
-        raise ValueError(
-            f"seer::block_sparse_attn: {name}: expected {mask_has}, as the BlockMask has, got "
-            f"{given}. Leave it out, or build the mask for it."
-        )
-    return mask_has
-
-
-def _check_lengths(mask: BlockMask, rows_q: int, rows_kv: int) -> None:
-    blocks = ceil_div(rows_q, mask.block_q), ceil_div(rows_kv, mask.block_kv)
-    if (mask.blocks_q, mask.blocks_kv) != blocks:
-        raise ValueError(
-            f"seer::block_sparse_attn: mask: expected {blocks[0]} x {blocks[1]} blocks for "
-            f"{rows_q} x {rows_kv} rows, got {mask.blocks_q} x {mask.blocks_kv}. Build the mask "
-            "for these lengths and block sizes."
-        )
 
 
 def attn_pool(
@@ -280,7 +268,7 @@ def pool_gate(
             values themselves, gate_dim = n_pools * head_dim.
         cos: fp32 ``[blocks, w]`` or ``[batch|1, blocks, w]`` at each block's first token, 2w <=
             gate_dim: channels [0, 2w) rotate, channel c paired with c + w. With sin, or neither.
-        sin: Shape of cos.
+        sin: Shape of cos. Neither is differentiable.
         block: Tokens per block.
         pools: ``"avg"``, ``"maxminavg"``, ``["max", "avg"]`` or the bit set 1 max | 2 min | 4 avg.
 
@@ -293,6 +281,7 @@ def pool_gate(
 
     Raises:
         ValueError, TypeError: pools.
+        NotImplementedError: cos or sin require a gradient.
         RuntimeError: refused by the op.
     """
     return torch.ops.seer.pool_gate(x, weight, cos, sin, block=block, pools=pool_bits(pools))
@@ -310,7 +299,8 @@ def gate_scores(
         k_gate: ``[batch, blocks_kv, heads_k, gate_dim]`` of q_gate's dtype; heads_k divides
             heads_q.
         scale: Default ``gate_dim ** -0.5``.
-        causal: Block i sees block j iff ``j <= i + blocks_kv - blocks_q``.
+        causal: Block i sees block j iff ``j <= i + blocks_kv - blocks_q``. This is the rule on
+            tokens only for equal blocks of q and KV and rows_kv - rows_q a multiple of the block.
 
     Returns:
         fp32 ``[batch, heads_q, blocks_q, blocks_kv]``, -inf where not visible. Differentiable in
@@ -352,31 +342,26 @@ def gate_select(
         local: Last visible blocks that every row keeps besides; 1 is the diagonal.
         dense_last_rows: Last query-block rows that keep every visible block (the reference
             implementation's `last_block_dense` is 2).
-        block_q, block_kv: Tokens per block, noted in the mask.
-        rows_q, rows_kv: Tokens, noted in the mask; default: whole blocks.
+        block_q, block_kv: Tokens per block, noted in the mask; equal with causal.
+        rows_q, rows_kv: Tokens, noted in the mask; default: whole blocks. With causal, rows_kv -
+            rows_q is a multiple of the block: start chunks at multiples of the block.
 
     Returns:
         A `BlockMask` ``[batch, heads_q, blocks_q, blocks_kv]``. It never keeps a block that the
         causal rule hides, nor a NaN score except by sink, local or dense_last_rows.
 
     Raises:
-        ValueError: unknown method, value out of its range, or lengths that do not fit the blocks.
+        ValueError: unknown method, value out of its range, lengths that do not fit the blocks, or
+            with causal unequal blocks or rows_kv - rows_q that is no multiple of the block.
         TypeError: value is not a number.
         RuntimeError: refused by the op.
     """
     number, value = resolve_method("gate_select", method, value)
     blocks_q, blocks_kv = q_gate.shape[1], k_gate.shape[1]
-    rows_q = blocks_q * block_q if rows_q is None else rows_q
-    rows_kv = blocks_kv * block_kv if rows_kv is None else rows_kv
-    for name, rows, block, blocks in (
-        ("rows_q", rows_q, block_q, blocks_q),
-        ("rows_kv", rows_kv, block_kv, blocks_kv),
-    ):
-        if ceil_div(rows, block) != blocks:
-            raise ValueError(
-                f"seer::gate_select: {name}: expected rows that make {blocks} blocks of {block}, "
-                f"got {rows}. Pass the token count that the embedding was pooled from."
-            )
+    rows_q = rows_of_blocks("gate_select", "rows_q", rows_q, block_q, blocks_q)
+    rows_kv = rows_of_blocks("gate_select", "rows_kv", rows_kv, block_kv, blocks_kv)
+    if causal:
+        check_gate_alignment("gate_select", rows_q, rows_kv, block_q, block_kv, "block_q, block_kv")
     bits = torch.ops.seer.gate_select(
         q_gate,
         k_gate,

@@ -75,7 +75,9 @@ def token_visible(rows_q: int, rows_kv: int, causal: bool, device=None) -> Tenso
 def gate_visible(blocks_q: int, blocks_kv: int, causal: bool, device=None) -> Tensor:
     """bool ``[blocks_q, blocks_kv]``: with causal, i sees j iff ``j <= i + blocks_kv - blocks_q``.
 
-    The rule of the gate: the same bottom-right alignment as `token_visible`, counted in blocks.
+    The rule of the gate: the bottom-right alignment of `token_visible`, counted in blocks. It says
+    what `reachable_blocks` says only if q and KV have blocks of one size that divides rows_kv -
+    rows_q; callers with lengths must see to that.
     """
     return token_visible(blocks_q, blocks_kv, causal, device)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from seer_cuda import _gate_math
+from seer_cuda._contracts import check_forced, rows_of_blocks
 from seer_cuda.block_mask import BlockMask, ceil_div
 
 #: Names of the selection rules and their numbers in ``torch.ops.seer.gate_select``.
@@ -92,9 +93,11 @@ def from_scores(
     """The mask that a selection rule makes of a score map.
 
     Args:
-        scores: float ``[batch|1, heads, blocks_q, blocks_kv]``. NaN is never selected.
+        scores: float ``[batch|1, heads, blocks_q, blocks_kv]``; below fp32 they are cast to fp32.
+            NaN is never selected.
         method, value: The rule; see `seer_cuda.gate_select`.
-        causal: Block j is a candidate of row i iff ``j <= i + blocks_kv - blocks_q``.
+        causal: Block j is a candidate of row i iff it holds a key that a query of block i sees
+            (`BlockMask.causal_visible`), for any lengths and block sizes.
         probabilities: False: scores are logits and go through a softmax over the candidates.
             True: they are used as they are, e.g. `attn_pool`'s map for the oracle selection; topp
             then wants rows that sum to 1 (`seer_cuda.distill.target_prefill`).
@@ -105,7 +108,9 @@ def from_scores(
         rows_q, rows_kv: Tokens; default: whole blocks.
 
     Raises:
-        ValueError: unknown method, value out of range, scores not 4-D.
+        ValueError: unknown method, value out of range, scores not 4-D, rows that do not fit the
+            blocks, negative sink, local or dense_last_rows.
+        TypeError: value is not a number, or scores are not floating point.
     """
     number, value = resolve_method("from_scores", method, value)
     if scores.dim() != 4:
@@ -113,10 +118,19 @@ def from_scores(
             "seer::from_scores: scores: expected [batch, heads, blocks_q, blocks_kv], got "
             f"{list(scores.shape)}. Add the missing dimensions."
         )
-    blocks_q, blocks_kv = scores.shape[2:]
-    visible = _gate_math.block_visible(blocks_q, blocks_kv, causal, scores.device)
+    if not scores.is_floating_point():
+        raise TypeError(
+            f"seer::from_scores: scores: expected floating point, got {scores.dtype}. "
+            "Convert them to float32."
+        )
+    check_forced("from_scores", sink, local, dense_last_rows)
+    rows_q = rows_of_blocks("from_scores", "rows_q", rows_q, block_q, scores.shape[2])
+    rows_kv = rows_of_blocks("from_scores", "rows_kv", rows_kv, block_kv, scores.shape[3])
+    empty = _no_blocks(rows_q, rows_kv, block_q, block_kv, causal, scores.device)
+    visible = empty.causal_visible()
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     kept = _gate_math.select_scores(scores, visible, number, value, probabilities)
-    kept = kept | _gate_math.forced_blocks(visible, blocks_q, sink, local, dense_last_rows)
+    kept = kept | _gate_math.forced_blocks(visible, empty.blocks_q, sink, local, dense_last_rows)
     return BlockMask.from_dense(kept, block_q, block_kv, rows_q, rows_kv, causal)
 
 
@@ -149,7 +163,11 @@ def sink_local(
         dense_last_rows: Last query-block rows that keep every visible block.
         block_q, block_kv, causal: As in `BlockMask`.
         device: Where the mask is made.
+
+    Raises:
+        ValueError: negative sink, local or dense_last_rows.
     """
+    check_forced("sink_local", sink, local, dense_last_rows)
     empty = _no_blocks(rows_q, rows_kv, block_q, block_kv, causal, device)
     kept = _gate_math.forced_blocks(
         empty.causal_visible(), empty.blocks_q, sink, local, dense_last_rows

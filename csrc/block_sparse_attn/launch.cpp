@@ -150,19 +150,19 @@ Status launch_block_sparse_attn(const BlockSparseAttnParams& params, CUstream_st
   if (params.heads_q == 0) return {};
   if (Status status = check(params); !status.ok()) return status;
 
+  const BlockSparseAttnVariant& variant = block_sparse_attn_variants()[index];
+  const int64_t grid =
+      int64_t{params.batch} * params.heads_q * ceil_div(params.rows_q, params.block_q);
+  if (grid > kMaxGrid) {
+    return Status::unsupported("q: expected batch * heads * query blocks below 2^31, got " +
+                               std::to_string(grid) + ". Split the batch.");
+  }
   if (params.cu_seqlens_q != nullptr) {
     if (Status status = fill_uncovered_rows(fill_params(params), stream); !status.ok()) {
       return status;
     }
   }
-  const BlockSparseAttnVariant& variant = block_sparse_attn_variants()[index];
-  const int64_t grid =
-      int64_t{params.batch} * params.heads_q * ceil_div(params.rows_q, params.block_q);
   if (grid == 0) return {};
-  if (grid > kMaxGrid) {
-    return Status::unsupported("q: expected batch * heads * query blocks below 2^31, got " +
-                               std::to_string(grid) + ". Split the batch.");
-  }
   const auto error = static_cast<cudaError_t>(kLaunch[index](params, stream));
   return check_launch(variant.name, grid, variant.smem_bytes, error);
 }

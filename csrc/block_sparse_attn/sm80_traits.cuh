@@ -37,7 +37,7 @@ struct Sm80Traits {
 
   // A warp owns 32 query rows, two 16-row mma tiles: each K or V fragment read from shared memory
   // then feeds two products. With 16 rows, shared memory would cap the kernel near 350 TFLOP/s on
-  // an H200, with 32 near 510. The output and the scores of 32 rows fill most of a register file
+  // an H200, with 32 near 490. The output and the scores of 32 rows fill most of a register file
   // slice, so Q is read again from shared memory for every KV tile.
   static constexpr int kWarpRows = 32;
   static constexpr int kWarps = kTileQ / kWarpRows;

@@ -11,9 +11,10 @@
 namespace seer {
 namespace {
 
-// Portable kernels run on every later GPU; the others only on the architecture they name.
+// Portable kernels run on every GPU from the lowest architecture on that this build was made for;
+// the others only on the architecture they name.
 bool runs_on(const BlockSparseAttnVariant& variant, int sm) {
-  return variant.sm == 80 ? sm >= 80 : sm == variant.sm;
+  return variant.sm == 80 ? sm >= SEER_LOWEST_SM : sm == variant.sm;
 }
 
 bool serves(const BlockSparseAttnVariant& variant, const BlockSparseAttnParams& params) {

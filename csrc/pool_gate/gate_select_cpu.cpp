@@ -12,6 +12,7 @@
 #include <string>
 #include <utility>
 
+#include "common/cpu_check.h"
 #include "common/cpu_gate_strip.h"
 #include "seer/pool_gate.h"
 
@@ -155,8 +156,9 @@ Status check(const GateSelectParams& params) {
 }  // namespace
 
 Status gate_select_cpu(const GateSelectParams& params, const ParallelFor& parallel_for) {
-  const Status status = check(params);
-  if (!status.ok()) return status;
+  if (Status status = check(params); !status.ok()) return status;
+  if (params.gate.heads_q == 0) return {};
+  if (Status status = cpu::check_gate(params.gate); !status.ok()) return status;
   const GateScoresParams& gate = params.gate;
   const int64_t lanes = cpu::GateStrip::lanes(gate);
   const int64_t strips = ceil_div(gate.blocks_q, lanes);

@@ -12,6 +12,7 @@
 #include <bit>
 
 #include "common/cpu_buffer.h"
+#include "common/cpu_check.h"
 #include "common/cpu_kernels.h"
 #include "seer/pool_gate.h"
 
@@ -161,6 +162,8 @@ class PoolGateWorker {
 }  // namespace
 
 Status pool_gate_cpu(const PoolGateParams& params, const ParallelFor& parallel_for) {
+  if (params.heads == 0) return {};
+  if (Status status = cpu::check_pool_gate(params); !status.ok()) return status;
   const int64_t tiles = ceil_div(ceil_div(params.rows, params.block), PoolGateWorker::kTile);
   const int64_t jobs = int64_t{params.batch} * params.heads * tiles;
   if (jobs == 0) return {};

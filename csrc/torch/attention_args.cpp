@@ -9,22 +9,20 @@
 namespace seer::binding {
 namespace {
 
-std::string number(int64_t value) { return std::to_string(value); }
-
 void check_block(const Op& op, const char* name, int64_t block, bool cuda) {
   const bool known = block == 64 || block == 128 || (!cuda && (block == 16 || block == 32));
-  op.expect(known, name, cuda ? "64 or 128" : "16, 32, 64 or 128", number(block),
-            "Rebuild the mask at a supported block size.");
+  SEER_EXPECT(op, known, name, cuda ? "64 or 128" : "16, 32, 64 or 128", number(block),
+              "Rebuild the mask at a supported block size.");
 }
 
 void check_cu_seqlens(const Op& op, const char* name, const Tensor& cu, const AttentionArgs& args) {
   op.rank(name, cu, 1, "[batch + 1]");
-  op.expect(cu.size(0) >= 1, name, "at least one entry ([batch + 1])", "0 entries",
-            "Pass [0] for an empty batch.");
+  SEER_EXPECT(op, cu.size(0) >= 1, name, "at least one entry ([batch + 1])", "0 entries",
+              "Pass [0] for an empty batch.");
   op.dtype(name, cu, ScalarType::Int);
   op.same_device(name, cu, "q", args.q);
-  op.expect(cu.is_contiguous(), name, "a contiguous tensor", "strides with gaps",
-            "Call .contiguous() on it.");
+  SEER_EXPECT(op, cu.is_contiguous(), name, "a contiguous tensor", "strides with gaps",
+              "Call .contiguous() on it.");
 }
 
 }  // namespace
@@ -61,48 +59,50 @@ void check_attention(const Op& op, const AttentionArgs& args) {
 
   const int64_t heads_q = q.size(rank - 2), head_dim = q.size(rank - 1);
   const int64_t heads_kv = k.size(rank - 2);
-  op.expect(head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0, "q",
-            "head_dim a multiple of 8 from 8 to 256", "head_dim " + number(head_dim),
-            "Pad head_dim with zeros.");
-  op.expect(k.size(rank - 1) == head_dim, "k", "head_dim " + number(head_dim) + " as q has",
-            "shape " + shape_of(k), "Give q and k the same head_dim.");
+  SEER_EXPECT(op, head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0, "q",
+              "head_dim a multiple of 8 from 8 to 256", "head_dim " + number(head_dim),
+              "Pad head_dim with zeros.");
+  SEER_EXPECT(op, k.size(rank - 1) == head_dim, "k", "head_dim " + number(head_dim) + " as q has",
+              "shape " + shape_of(k), "Give q and k the same head_dim.");
   bool same_kv = true;
   for (int64_t d = 0; d < rank; ++d) same_kv = same_kv && k.size(d) == v.size(d);
-  op.expect(same_kv, "v", "the shape of k, " + shape_of(k), "shape " + shape_of(v),
-            "Give k and v the same shape.");
+  SEER_EXPECT(op, same_kv, "v", "the shape of k, " + shape_of(k), "shape " + shape_of(v),
+              "Give k and v the same shape.");
   if (!varlen)
-    op.expect(k.size(0) == q.size(0), "k", "batch " + number(q.size(0)) + " as q has",
-              "shape " + shape_of(k), "Give q, k and v the same batch.");
-  op.expect(heads_q == 0 || (heads_kv > 0 && heads_q % heads_kv == 0), "k",
-            "heads_kv that divides heads_q = " + number(heads_q), "heads_kv = " + number(heads_kv),
-            "Grouped-query attention needs a whole number of query heads per KV head.");
+    SEER_EXPECT(op, k.size(0) == q.size(0), "k", "batch " + number(q.size(0)) + " as q has",
+                "shape " + shape_of(k), "Give q, k and v the same batch.");
+  SEER_EXPECT(op, heads_q == 0 || (heads_kv > 0 && heads_q % heads_kv == 0), "k",
+              "heads_kv that divides heads_q = " + number(heads_q),
+              "heads_kv = " + number(heads_kv),
+              "Grouped-query attention needs a whole number of query heads per KV head.");
   op.unit_last_stride("q", q);
   op.unit_last_stride("k", k);
   op.unit_last_stride("v", v);
   check_block(op, "block_q", args.block_q, q.is_cuda());
   check_block(op, "block_kv", args.block_kv, q.is_cuda());
   if (args.scale)
-    op.expect(std::isfinite(*args.scale), "scale", "a finite number", std::to_string(*args.scale),
-              "Leave it out for head_dim ** -0.5.");
+    SEER_EXPECT(op, std::isfinite(static_cast<float>(*args.scale)), "scale",
+                "a finite float32 number", number(*args.scale),
+                "Leave it out for head_dim ** -0.5.");
 
   constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
   if (varlen) {
     check_cu_seqlens(op, "cu_seqlens_q", *args.cu_seqlens_q, args);
     check_cu_seqlens(op, "cu_seqlens_kv", *args.cu_seqlens_kv, args);
-    op.expect(args.cu_seqlens_kv->size(0) == args.cu_seqlens_q->size(0), "cu_seqlens_kv",
-              number(args.cu_seqlens_q->size(0)) + " entries as cu_seqlens_q has",
-              number(args.cu_seqlens_kv->size(0)), "Describe the same batch in both.");
-    op.expect(args.max_rows_q >= 1 && args.max_rows_q <= kMaxRows, "max_rows_q",
-              "the longest query length, at least 1", number(args.max_rows_q),
-              "Pass it as an int: reading cu_seqlens would stall the GPU.");
-    op.expect(args.max_rows_kv >= 1 && args.max_rows_kv <= kMaxRows, "max_rows_kv",
-              "the longest KV length, at least 1", number(args.max_rows_kv),
-              "Pass it as an int: reading cu_seqlens would stall the GPU.");
+    SEER_EXPECT(op, args.cu_seqlens_kv->size(0) == args.cu_seqlens_q->size(0), "cu_seqlens_kv",
+                number(args.cu_seqlens_q->size(0)) + " entries as cu_seqlens_q has",
+                number(args.cu_seqlens_kv->size(0)), "Describe the same batch in both.");
+    SEER_EXPECT(op, args.max_rows_q >= 1 && args.max_rows_q <= kMaxRows, "max_rows_q",
+                "the longest query length, at least 1", number(args.max_rows_q),
+                "Pass it as an int: reading cu_seqlens would stall the GPU.");
+    SEER_EXPECT(op, args.max_rows_kv >= 1 && args.max_rows_kv <= kMaxRows, "max_rows_kv",
+                "the longest KV length, at least 1", number(args.max_rows_kv),
+                "Pass it as an int: reading cu_seqlens would stall the GPU.");
   } else {
-    op.expect(q.size(1) <= kMaxRows, "q", "fewer than 2^31 rows", number(q.size(1)),
-              "Split the sequence.");
-    op.expect(k.size(1) <= kMaxRows, "k", "fewer than 2^31 rows", number(k.size(1)),
-              "Split the sequence.");
+    SEER_EXPECT(op, q.size(1) <= kMaxRows, "q", "fewer than 2^31 rows", number(q.size(1)),
+                "Split the sequence.");
+    SEER_EXPECT(op, k.size(1) <= kMaxRows, "k", "fewer than 2^31 rows", number(k.size(1)),
+                "Split the sequence.");
   }
 }
 
@@ -112,10 +112,6 @@ void check_block_bits(const Op& op, const Tensor& block_bits, const AttentionArg
   const int64_t batch = batch_of(args);
   const int64_t blocks_q = ceil_div(rows_q_of(args), args.block_q);
   const int64_t words = ceil_div(ceil_div(rows_kv_of(args), args.block_kv), 32);
-  std::ostringstream contract;
-  contract << "[" << batch << " or 1, " << heads_q << ", " << heads_kv << " or 1, " << blocks_q
-           << ", at least " << words << "]";
-  const char* remedy = "Build the mask with seer_cuda.BlockMask for these lengths and block sizes.";
   op.dtype("block_bits", block_bits, ScalarType::Int);
   op.same_device("block_bits", block_bits, "q", args.q);
   op.rank("block_bits", block_bits, 4, "[batch, heads, blocks_q, words]");
@@ -123,7 +119,13 @@ void check_block_bits(const Op& op, const Tensor& block_bits, const AttentionArg
   const bool fits = (block_bits.size(0) == batch || block_bits.size(0) == 1) &&
                     (heads == heads_q || heads == heads_kv || heads == 1) &&
                     block_bits.size(2) == blocks_q && block_bits.size(3) >= words;
-  op.expect(fits, "block_bits", contract.str(), "shape " + shape_of(block_bits), remedy);
+  if (!fits) {
+    std::ostringstream contract;
+    contract << "[" << batch << " or 1, " << heads_q << ", " << heads_kv << " or 1, " << blocks_q
+             << ", at least " << words << "]";
+    op.fail("block_bits", contract.str(), "shape " + shape_of(block_bits),
+            "Build the mask with seer_cuda.BlockMask for these lengths and block sizes.");
+  }
   op.unit_last_stride("block_bits", block_bits);
 }
 

@@ -17,6 +17,13 @@ Tensor zero_pooled(const AttentionArgs& args, bool per_token) {
   const Tensor& q = args.q;
   const int64_t heads_q = q.size(q.dim() - 2);
   const int64_t blocks_kv = ceil_div(rows_kv_of(args), args.block_kv);
+  const int64_t map_rows =
+      per_token ? q.size(q.dim() == 3 ? 0 : 1) : ceil_div(rows_q_of(args), args.block_q);
+  constexpr double kMaxElements = 1e15;  // 4 PB: a mistake, and far from overflow
+  SEER_EXPECT(kOp, double(batch_of(args)) * heads_q * map_rows * blocks_kv < kMaxElements,
+              args.varlen() ? "max_rows_kv" : "k", "a map of fewer than 10^15 elements",
+              number(map_rows) + " x " + number(blocks_kv) + " per head",
+              "Pass the longest sequence's length.");
   Tensor pooled =
       per_token && args.varlen() ? empty({heads_q, q.size(0), blocks_kv}, ScalarType::Float, q)
       : per_token

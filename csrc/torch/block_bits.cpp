@@ -31,16 +31,16 @@ int64_t rows_before_last(const Tensor& tensor) {
 }
 
 void check_blocks_kv(const Op& op, int64_t blocks_kv) {
-  op.expect(blocks_kv >= 0 && blocks_kv <= std::numeric_limits<int32_t>::max(), "blocks_kv",
-            "a count from 0 to 2^31 - 1", std::to_string(blocks_kv),
-            "Pass ceil(rows_kv / block_kv).");
+  SEER_EXPECT(op, blocks_kv >= 0 && blocks_kv <= std::numeric_limits<int32_t>::max(), "blocks_kv",
+              "a count from 0 to 2^31 - 1", std::to_string(blocks_kv),
+              "Pass ceil(rows_kv / block_kv).");
 }
 
 }  // namespace
 
 Tensor pack_block_bits(const Tensor& mask) {
   kPack.dtype("mask", mask, ScalarType::Bool);
-  kPack.expect(mask.dim() >= 1, "mask", "[..., blocks_kv]", "a scalar", "Pass a block mask.");
+  SEER_EXPECT(kPack, mask.dim() >= 1, "mask", "[..., blocks_kv]", "a scalar", "Pass a block mask.");
   const Tensor packed_mask = torch::stable::contiguous(mask);
   PackBlockBitsParams params;
   params.rows = rows_before_last(mask);
@@ -60,13 +60,13 @@ Tensor pack_block_bits(const Tensor& mask) {
 
 Tensor unpack_block_bits(const Tensor& block_bits, int64_t blocks_kv) {
   kUnpack.dtype("block_bits", block_bits, ScalarType::Int);
-  kUnpack.expect(block_bits.dim() >= 1, "block_bits", "[..., words]", "a scalar",
-                 "Pass packed block bits.");
+  SEER_EXPECT(kUnpack, block_bits.dim() >= 1, "block_bits", "[..., words]", "a scalar",
+              "Pass packed block bits.");
   check_blocks_kv(kUnpack, blocks_kv);
   const int64_t words = block_bits.size(block_bits.dim() - 1);
-  kUnpack.expect(words * 32 >= blocks_kv, "block_bits",
-                 "at least " + std::to_string(ceil_div(blocks_kv, 32)) + " words per row",
-                 std::to_string(words), "Pass the number of blocks that the bits were packed for.");
+  SEER_EXPECT(kUnpack, words * 32 >= blocks_kv, "block_bits",
+              "at least " + std::to_string(ceil_div(blocks_kv, 32)) + " words per row",
+              std::to_string(words), "Pass the number of blocks that the bits were packed for.");
   const Tensor packed = torch::stable::contiguous(block_bits);
   Tensor mask = empty_with_last(block_bits, block_bits.dim() - 1, blocks_kv, ScalarType::Bool);
   UnpackBlockBitsParams params;
@@ -88,14 +88,14 @@ Tensor block_bits_from_indices(const Tensor& indices, const Tensor& counts, int6
   kFromIndices.dtype("indices", indices, ScalarType::Int);
   kFromIndices.dtype("counts", counts, ScalarType::Int);
   kFromIndices.same_device("counts", counts, "indices", indices);
-  kFromIndices.expect(indices.dim() >= 1, "indices", "[..., capacity]", "a scalar",
-                      "Pass one list of block indices per row.");
+  SEER_EXPECT(kFromIndices, indices.dim() >= 1, "indices", "[..., capacity]", "a scalar",
+              "Pass one list of block indices per row.");
   bool same_rows = counts.dim() == indices.dim() - 1;
   for (int64_t d = 0; same_rows && d < counts.dim(); ++d)
     same_rows = counts.size(d) == indices.size(d);
-  kFromIndices.expect(same_rows, "counts", "the shape of indices without its last dimension",
-                      "shape " + shape_of(counts) + " beside indices " + shape_of(indices),
-                      "Pass one count per list.");
+  SEER_EXPECT(kFromIndices, same_rows, "counts", "the shape of indices without its last dimension",
+              "shape " + shape_of(counts) + " beside indices " + shape_of(indices),
+              "Pass one count per list.");
   check_blocks_kv(kFromIndices, blocks_kv);
   const Tensor lists = torch::stable::contiguous(indices);
   const Tensor lengths = torch::stable::contiguous(counts);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Argument checks of the torch binding. Every refusal is one std::runtime_error with the text
 //   seer::<op>: <argument>: expected <contract>, got <actual>. <what to do>
-// and happens before any allocation or launch.
+// and comes before any kernel runs.
 #pragma once
 
 #include <initializer_list>
@@ -21,6 +21,13 @@ namespace seer::binding {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline std::string number(int64_t value) { return std::to_string(value); }
+inline std::string number(double value) {
+  std::ostringstream text;
+  text << value;
+  return text.str();
+}
+
 inline std::string shape_of(const Tensor& tensor) {
   std::ostringstream text;
   text << '[';
@@ -39,7 +46,14 @@ inline std::string dtype_of(const Tensor& tensor) {
   return torch::headeronly::toString(tensor.scalar_type());
 }
 
-// The name of one op, so that a check reads `op.expect(cond, "q", "rank 4", got, remedy)`.
+// Refuses unless `condition`. A macro, so that the texts are put together only for a refusal.
+#define SEER_EXPECT(op, condition, ...) \
+  do {                                  \
+    if (!(condition)) [[unlikely]]      \
+      (op).fail(__VA_ARGS__);           \
+  } while (false)
+
+// The name of one op in front of its checks.
 class Op {
  public:
   explicit constexpr Op(const char* name) : name_(name) {}
@@ -48,12 +62,6 @@ class Op {
                          const std::string& got, const std::string& remedy) const {
     throw std::runtime_error("seer::" + std::string(name_) + ": " + argument + ": expected " +
                              expected + ", got " + got + ". " + remedy);
-  }
-
-  void expect(bool condition, const char* argument, const std::string& expected,
-              const std::string& got, const std::string& remedy) const {
-    if (!condition) [[unlikely]]
-      fail(argument, expected, got, remedy);
   }
 
   // A refusal or failure that a kernel library function reported: its text starts at <argument>.

@@ -32,7 +32,7 @@ class ModelConfig:
     head_dim: int
     context: int  # tokens of a window; the longest the model can read
     bytes_seen: int = 6  # bytes that a token's embedding sums over
-    rope_theta: float = 1e5
+    rope_theta: float = 1e6
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ SMALL = DemoConfig(
     model=ModelConfig(
         layers=2, width=192, mlp=384, heads_q=4, heads_kv=2, head_dim=64, context=2048
     ),
-    train=TrainConfig(steps=400, tokens=2048, short_context=512),
+    train=TrainConfig(steps=320, tokens=2048, short_context=512),
     distil=DistilConfig(steps=120, windows=2, rate=2e-2),
     evaluation=EvalConfig(windows=16, windows_at_once=4),
     block=16,
@@ -135,7 +135,7 @@ LARGE = DemoConfig(
         layers=4, width=512, mlp=1024, heads_q=8, heads_kv=2, head_dim=128, context=8192
     ),
     train=TrainConfig(steps=800, tokens=65536, short_context=1024, warm_up=50),
-    distil=DistilConfig(steps=200, windows=4, rate=5e-3),
+    distil=DistilConfig(steps=200, windows=4, rate=1e-2),
     evaluation=EvalConfig(windows=16, windows_at_once=4),
     block=64,
 )

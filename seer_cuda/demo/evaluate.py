@@ -77,7 +77,7 @@ class Results:
     dense_ms: float
     gate_ms: float
     rows: list[Row] = field(default_factory=list)
-    free_diagonal: float = 1.0  # share of rows whose diagonal the gate ranks within its k
+    free_diagonal: float = 1.0  # share of rows with a choice whose diagonal the gate ranks in its k
     example: Example | None = None
 
     def row(self, method: str, density: float) -> Row:
@@ -264,11 +264,15 @@ class Quality:
         """How often the gate alone, nothing forced, would have kept the diagonal."""
         density = self.config.evaluation.densities[-1]
         free = seer_cuda.select.from_scores(scores, "density", density).to_dense()
-        self.diagonal_in_top.append(free.diagonal(dim1=-2, dim2=-1).float().mean().item())
+        # Rows before k keep all they see, their diagonal too.
+        k = seer_cuda.select.density_to_k(density, self.config.blocks)
+        kept = free.diagonal(dim1=-2, dim2=-1)[..., k:]
+        if kept.numel():
+            self.diagonal_in_top.append(kept.float().mean().item())
 
     def free_diagonal(self) -> float:
-        """Share of rows, at the lowest density."""
-        return statistics.fmean(self.diagonal_in_top)
+        """Share of the rows with a choice, at the lowest density; 1 if no row has one."""
+        return statistics.fmean(self.diagonal_in_top or [1.0])
 
     def mean(self, quantity: str, method: str, density: float) -> float:
         """Mean over windows, layers, heads and rows; quantity: recall, mass or kept."""

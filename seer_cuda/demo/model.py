@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small causal language model over bytes whose attention can be replaced from outside.
 
-RMSNorm, RoPE, grouped-query attention with normalised q and k, SwiGLU. Two additions let so small
-a model learn within minutes to look far back (find an earlier occurrence of the present text and
-continue as it did): a byte's embedding is the sum over the last bytes too, and keys mix in the
-key of the previous token (KV shifting attention, Xu et al. 2024).
+RMSNorm, RoPE, grouped-query attention with normalised q and k, SwiGLU. Three additions let so small
+a model learn within minutes to look far back, to where the text was like the present one: a byte's
+embedding is a sum over the last bytes too, keys mix in the key of the previous token (KV shifting
+attention, Xu et al. 2024), and the key projection starts equal to a query projection.
 """
 
 from __future__ import annotations
@@ -128,6 +128,11 @@ class CausalLM(nn.Module):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             for linear in (layer.out, layer.down):
                 nn.init.normal_(linear.weight, std=0.5 * linear.in_features**-0.5)
+            # A key starts as the query of the token before: attention begins as a search for
+            # earlier text like the present one, which otherwise takes most of the training to find.
+            heads = layer.q.weight.unflatten(0, (self.config.heads_q, -1))
+            group = self.config.heads_q // self.config.heads_kv
+            layer.k.weight.data.copy_(heads[::group].flatten(0, 1))
 
     def forward(self, tokens: Tensor, attention: Attention = dense_attention) -> Tensor:
         """Logits ``[batch, rows, 256]`` of int64 tokens ``[batch, rows]``, rows <= context."""

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading the released checkpoints of SeerAttention's gates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_GATE = "attn_gate."
+
+
+def released_gate_state(state: Mapping[str, Tensor], layer: int | None = None) -> dict[str, Tensor]:
+    """The weights of one prefill gate under the names of `AttnGate`, prefixes off.
+
+    Args:
+        state: A checkpoint, see `AttnGate.load_released_state_dict`. A whole model's state dict is
+            fine: where keys carry layer numbers, only those with ``attn_gate.`` count.
+        layer: Keep the keys of this layer only. None: keys must not carry layer numbers.
+
+    Raises:
+        KeyError: layer is None and the keys carry layer numbers.
+        ValueError: the gate is a decode gate of SeerAttention-R.
+    """
+    numbers = {key: _LAYER.search(key) for key in state}
+    numbered = [key for key, number in numbers.items() if number is not None]
+    if numbered and layer is None:
+        raise KeyError(
+            f"seer::AttnGate: {numbered[0]}: expected the keys of one gate, got numbered layers. "
+            "Pass layer=."
+        )
+    own = {}
+    for key, value in state.items():
+        number = numbers[key]
+        if numbered and (number is None or int(number[1]) != layer or _GATE not in key):
+            continue
+        own[key.rpartition(_GATE)[2]] = value
+    for name, value in own.items():
+        if _of_decode(name, value):
+            raise ValueError(
+                f"seer::AttnGate: {name}: expected the weights of a prefill gate, got a decode "
+                f"gate of SeerAttention-R (shape {list(value.shape)}). This class holds prefill "
+                "gates; use a prefill checkpoint."
+            )
+    return own
+
+
+def _of_decode(name: str, weight: Tensor) -> bool:
+    """Decode gates have names of their own, norms, and one q matrix per head of a GQA group."""
+    return (
+        name.startswith("attngate_")
+        or name.endswith("norm.weight")
+        or (name == "mask_linear_q.weight" and weight.dim() == 4)
+    )
