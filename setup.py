@@ -24,9 +24,9 @@ def forget_stale_cache(build: Path) -> None:
     it afterwards; CMake would look for them there again.
     """
     cache = build / "CMakeCache.txt"
-    tools = ("CMAKE_MAKE_PROGRAM", "CMAKE_CUDA_COMPILER", "SEER_NVCC", "SEER_CUDART", "pybind11_DIR")
-    lines = cache.read_text().splitlines() if cache.exists() else []
-    for line in lines:
+    tools = {"CMAKE_MAKE_PROGRAM", "CMAKE_CUDA_COMPILER", "SEER_NVCC", "SEER_CUDART"}
+    tools.add("pybind11_DIR")
+    for line in cache.read_text().splitlines() if cache.exists() else []:
         name, _, path = line.partition("=")
         if name.split(":")[0] in tools and path.startswith("/") and not os.path.exists(path):
             shutil.rmtree(build)

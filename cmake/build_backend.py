@@ -33,9 +33,8 @@ NVCC_WHEELS = [
 def nvcc_wheels() -> list[str]:
     """The compiler wheels if this build needs them, else an empty list."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    found = (
-        shutil.which(os.environ.get("CUDACXX") or "nvcc")
-        or any(home and os.path.exists(os.path.join(home, "bin", "nvcc")) for home in homes)
+    found = shutil.which(os.environ.get("CUDACXX") or "nvcc") or any(
+        home and os.path.exists(os.path.join(home, "bin", "nvcc")) for home in homes
     )
     linux = platform.system() == "Linux"
     wanted = (os.environ.get("SEER_CUDA") or "AUTO").upper() != "OFF" and linux
