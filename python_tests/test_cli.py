@@ -135,8 +135,8 @@ def test_info_says_that_the_build_has_no_cuda(machine):
     [
         (["--text", "/no/such/place"], "no such file or folder"),
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
-        (["--context", "1000"], "--context: expected a multiple of 32"),
-        (["--context", "640"], "at least 1280"),
+        (["--context", "1000"], "--context: expected a multiple of 16"),
+        (["--context", "320"], "at least 640"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(arguments, expected, capsys, tmp_path):
