@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import time
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from seer_cuda.demo.evaluate import (
 from seer_cuda.demo.figure import draw
 from seer_cuda.demo.model import CausalLM, dense_attention, next_byte_loss
 from seer_cuda.demo.text import Corpus, TextError
-from seer_cuda.demo.train import orthogonalised, rate_factor
+from seer_cuda.demo.train import Pace, orthogonalised, rate_factor
 
 TINY = dataclasses.replace(
     SMALL,
@@ -146,6 +147,7 @@ def test_overrides_replace_one_number_each():
     assert (config.seed, config.train.steps, config.distil.steps) == (3, 7, 5)
     assert (config.evaluation.windows, config.model.context) == (2, 4096)
     assert config.train.warm_up == 7 and config.train.tokens == 4096
+    assert config.train.seconds is None and config.distil.seconds is None
     assert config.model.width == SMALL.model.width
 
 
@@ -162,10 +164,21 @@ def test_numbers_below_one_are_refused(name):
 
 
 def test_schedules_start_low_and_end_at_zero():
-    rates = [rate_factor(step, SMALL.train) for step in range(SMALL.train.steps)]
-    assert rates[0] == 1 / SMALL.train.warm_up and max(rates) == 1 and 0 < rates[-1] < 0.01
-    factors = [cosine_factor(step, SMALL.distil) for step in range(SMALL.distil.steps)]
-    assert factors[0] < 0.1 and max(factors) > 0.85 and 0 < factors[-1] < 0.01
+    for config, factor in ((SMALL.train, rate_factor), (SMALL.distil, cosine_factor)):
+        factors = [factor(step, step / config.steps, config) for step in range(config.steps)]
+        assert factors[0] == pytest.approx(1 / config.warm_up) and max(factors) > 0.9
+        assert 0 < factors[-1] < 0.01
+
+
+def test_a_slow_machine_stops_at_the_time_limit_with_rates_at_zero(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    pace, step, rates = Pace(1000, 20.0), 0, []
+    while (progress := pace(step)) < 1:
+        rates.append(rate_factor(step + 20, progress, SMALL.train))
+        step += 1
+    assert step == 19 and rates[0] == 1 and rates[-1] == pytest.approx(0.1)
+    assert Pace(4, None)(3) == 0.75
 
 
 # ------------------------------------------------------------------------- model and optimiser
@@ -344,7 +357,8 @@ def test_output_into_a_file_has_no_control_characters(capsys):
         for _ in range(8):
             advance("note")
     printed = capsys.readouterr().out
-    assert printed.splitlines()[:3] == ["work: 2/8 note", "work: 4/8 note", "work: 6/8 note"]
+    lines = ["work: 2/8 note", "work: 4/8 note", "work: 6/8 note", "work: 8 of 8 steps in 0 s"]
+    assert printed.splitlines() == lines
     assert "\x1b" not in printed and "\r" not in printed
 
 
@@ -354,7 +368,7 @@ def test_a_terminal_gets_bars_that_go_away():
         advance("note")
         advance("")
     last = console.file.getvalue().splitlines()[-1]
-    assert re.sub(r"\x1b\[\d*[A-Z]", "", last).startswith("work: done in")
+    assert re.sub(r"\x1b\[\d*[A-Z]", "", last).startswith("work: 2 of 2 steps")
 
 
 def test_a_whole_run_writes_what_it_says(tmp_path, capsys):
@@ -368,6 +382,7 @@ def test_a_whole_run_writes_what_it_says(tmp_path, capsys):
     data = json.loads((out / "results.json").read_text())
     assert data["dense"]["perplexity"] == results.dense_perplexity
     assert len(data["rows"]) == len(results.rows)
+    assert data["steps_made"] == {"train": TINY.train.steps, "distil": TINY.distil.steps}
     assert data["config"]["model"]["context"] == TINY.model.context
     assert (out / "figure.png").stat().st_size > 10_000
 

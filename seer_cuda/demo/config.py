@@ -48,6 +48,7 @@ class TrainConfig:
     adam_rate: float = 5e-3  # embedding, head, norms
     muon_rate: float = 2e-2  # matrices of the layers
     weight_decay: float = 0.05
+    seconds: float | None = 150.0  # a machine too slow for the steps makes fewer; None: all
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class DistilConfig:
     windows: int  # per step
     rate: float  # the paper: 1e-3 for 500 steps of a million tokens; fewer tokens want more
     warm_up: int = 20
+    seconds: float | None = 50.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class DemoConfig:
         )
 
 
-#: 2 CPU cores: under four minutes.
+#: Two minutes on 2 CPU cores that have nothing else to do.
 SMALL = DemoConfig(
     size="small",
     model=ModelConfig(
@@ -160,7 +162,7 @@ def make_config(
         device: "cpu" or "cuda". CUDA kernels need blocks of 64: smaller ones grow to it, and the
             context with them.
         seed: Of the model's weights, the training windows and the random selection.
-        steps, distil_steps: Optimiser steps.
+        steps, distil_steps: Optimiser steps, made however long they take.
         windows: Held-out windows.
         context: Tokens of a window.
 
@@ -178,10 +180,12 @@ def make_config(
         config = _with_context(replace(config, block=_CUDA_BLOCK), longer)
     if steps is not None:
         warm_up = min(config.train.warm_up, steps)
-        config = replace(config, train=replace(config.train, steps=steps, warm_up=warm_up))
+        plan = replace(config.train, steps=steps, warm_up=warm_up, seconds=None)
+        config = replace(config, train=plan)
     if distil_steps is not None:
         warm_up = min(config.distil.warm_up, distil_steps)
-        config = replace(config, distil=replace(config.distil, steps=distil_steps, warm_up=warm_up))
+        plan = replace(config.distil, steps=distil_steps, warm_up=warm_up, seconds=None)
+        config = replace(config, distil=plan)
     if windows is not None:
         config = replace(config, evaluation=replace(config.evaluation, windows=windows))
     if context is not None:

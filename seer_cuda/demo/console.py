@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from seer_cuda.demo.train import Advance
 
 #: Columns of output that goes to a file: wide enough that no table row wraps.
 _FILE_WIDTH = 110
@@ -24,13 +23,25 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
 
 
-@contextmanager
-def stage(console: Console, name: str, steps: int) -> Iterator[Advance]:
-    """Progress of one stage: yields a function to call after every step, with a short note.
+@dataclass
+class Stage:
+    """Progress of one stage: call it after every step, with a short note or ""."""
 
-    Prints how long the stage took at its end.
-    """
+    name: str
+    steps: int
+    show: Callable[[str], None]
+    done: int = 0
+
+    def __call__(self, note: str) -> None:
+        self.done += 1
+        self.show(note)
+
+
+@contextmanager
+def stage(console: Console, name: str, steps: int) -> Iterator[Stage]:
+    """Shows the progress of a stage, and at its end how many steps were made in what time."""
     start = time.perf_counter()
+    current = Stage(name, steps, lambda note: None)
     if console.is_terminal:
         columns = (
             TextColumn("{task.description}"),
@@ -41,26 +52,28 @@ def stage(console: Console, name: str, steps: int) -> Iterator[Advance]:
         )
         with Progress(*columns, console=console, transient=True) as bars:
             task = bars.add_task(name, total=steps, note="")
-
-            def advance(note: str) -> None:
-                bars.update(task, advance=1, **({"note": note} if note else {}))
-
-            yield advance
+            current.show = lambda note: bars.update(
+                task, advance=1, **({"note": note} if note else {})
+            )
+            yield current
     else:
-        yield _printer(console, name, steps)
-    console.print(f"{name}: done in {time.perf_counter() - start:.0f} s")
+        current.show = _Lines(console, current)
+        yield current
+    seconds = time.perf_counter() - start
+    short = "" if current.done >= steps else ", stopped by its time limit"
+    console.print(f"{name}: {current.done} of {steps} steps in {seconds:.0f} s{short}")
 
 
-def _printer(console: Console, name: str, steps: int) -> Advance:
-    """A line at every `_LINE_SHARE` of the steps."""
-    done, latest = 0, ""
-    due = _LINE_SHARE
+class _Lines:
+    """A line at every `_LINE_SHARE` of the steps but the last."""
 
-    def advance(note: str) -> None:
-        nonlocal done, latest, due
-        done, latest = done + 1, note or latest
-        if due < 1 and done >= due * steps:
-            due += _LINE_SHARE
-            console.print(f"{name}: {done}/{steps} {latest}".rstrip())
+    def __init__(self, console: Console, current: Stage) -> None:
+        self.console, self.current = console, current
+        self.due, self.note = _LINE_SHARE, ""
 
-    return advance
+    def __call__(self, note: str) -> None:
+        done, steps = self.current.done, self.current.steps
+        self.note = note or self.note
+        if done < steps and done >= self.due * steps:
+            self.due = done / steps + _LINE_SHARE
+            self.console.print(f"{self.current.name}: {done}/{steps} {self.note}".rstrip())

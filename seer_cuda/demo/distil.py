@@ -12,7 +12,7 @@ import seer_cuda
 from seer_cuda.demo.config import DemoConfig, DistilConfig
 from seer_cuda.demo.model import AttentionInput, CausalLM, rope_frequencies
 from seer_cuda.demo.text import Corpus
-from seer_cuda.demo.train import Advance
+from seer_cuda.demo.train import Advance, Pace
 
 
 def make_gates(config: DemoConfig) -> nn.ModuleList:
@@ -22,11 +22,9 @@ def make_gates(config: DemoConfig) -> nn.ModuleList:
     return nn.ModuleList(gates).to(config.device)
 
 
-def cosine_factor(step: int, config: DistilConfig) -> float:
+def cosine_factor(step: int, progress: float, config: DistilConfig) -> float:
     """Linear warm-up, then half a cosine down to 0."""
-    return (
-        min(1.0, (step + 1) / config.warm_up) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-    )
+    return min(1.0, (step + 1) / config.warm_up) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def distil(config: DemoConfig, model: CausalLM, corpus: Corpus, advance: Advance) -> nn.ModuleList:
@@ -53,7 +51,8 @@ def distil(config: DemoConfig, model: CausalLM, corpus: Corpus, advance: Advance
             losses.append(seer_cuda.distill.gate_loss(scores, target))
         return out
 
-    for step in range(plan.steps):
+    pace, step = Pace(plan.steps, plan.seconds), 0
+    while (progress := pace(step)) < 1:
         losses.clear()
         tokens = corpus.sample(plan.windows, config.model.context, generator).to(config.device)
         # The layers' losses are independent: only the gates are in the graph.
@@ -67,7 +66,8 @@ def distil(config: DemoConfig, model: CausalLM, corpus: Corpus, advance: Advance
         loss.backward()
         nn.utils.clip_grad_norm_(gates.parameters(), 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = plan.rate * cosine_factor(step, plan)
+            group["lr"] = plan.rate * cosine_factor(step, progress, plan)
         optimiser.step()
         advance(f"KL loss {loss.item():.3f}" if step % 10 == 0 else "")
+        step += 1
     return gates.eval().requires_grad_(False)

@@ -279,19 +279,22 @@ class Quality:
         return statistics.fmean(self.sums[quantity, method, density])
 
     def example(self, density: float) -> Example:
-        """The head whose true map a window serves worst: the most to learn."""
-        chosen, least = (0, 0), math.inf
+        """The head in which the gate keeps most more of the map than a window does."""
+        best: tuple[float, Example] | None = None
         for x in self.inputs:
-            pooled = seer_cuda.distill.target_prefill(true_map(x, self.config)[2])
-            window = keep(self.score(SINK_LOCAL, x, 0), density, self.config).to_dense()
-            by_head = (pooled * window).sum(-1).mean(-1)[0]
-            if by_head.min().item() < least:
-                least, chosen = by_head.min().item(), (x.layer, int(by_head.argmin()))
-        layer, head = chosen
-        x = self.inputs[layer]
-        gate = keep(self.score(GATE, x, 0), density, self.config).to_dense()
-        pooled = true_map(x, self.config)[2]
-        return Example(layer, head, density, pooled[0, head].cpu(), gate[0, head].cpu())
+            pooled = true_map(x, self.config)[2][0]
+            share = seer_cuda.distill.target_prefill(pooled)
+            gate, window = (
+                keep(self.score(method, x, 0), density, self.config).to_dense()[0]
+                for method in (GATE, SINK_LOCAL)
+            )
+            gain = (share * gate - share * window).sum(-1).mean(-1)
+            head = int(gain.argmax())
+            if best is None or gain[head].item() > best[0]:
+                example = Example(x.layer, head, density, pooled[head].cpu(), gate[head].cpu())
+                best = gain[head].item(), example
+        assert best is not None, "measured before the dense pass"
+        return best[1]
 
 
 def median_ms(

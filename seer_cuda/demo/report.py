@@ -190,7 +190,7 @@ def _speed(results: Results, densities: list[float]) -> str:
     return f"Gate and sparse attention together against dense attention: {', '.join(parts)}."
 
 
-def as_json(config: DemoConfig, corpus: Corpus, results: Results, seconds: float) -> dict[str, Any]:
+def as_json(config: DemoConfig, corpus: Corpus, results: Results) -> dict[str, Any]:
     """Everything that was set and measured."""
     return {
         "seer_cuda": __version__,
@@ -210,5 +210,4 @@ def as_json(config: DemoConfig, corpus: Corpus, results: Results, seconds: float
         "free_diagonal": results.free_diagonal,
         "rows": [asdict(row) for row in results.rows],
         "gate_beats": {rival: beaten(results, rival) for rival in (SINK_LOCAL, RANDOM)},
-        "seconds": seconds,
     }

@@ -37,10 +37,10 @@ def run(config: DemoConfig, source: Path | None, out: Path) -> Results:
     out.mkdir(parents=True, exist_ok=True)
     for line in report.opening(config, corpus, device.describe(config.device)):
         console.print(line)
-    with stage(console, "train the model", config.train.steps) as advance:
-        model = train(config, corpus, advance)
-    with stage(console, "distil the gates", config.distil.steps) as advance:
-        gates = distil(config, model, corpus, advance)
+    with stage(console, "train the model", config.train.steps) as training:
+        model = train(config, corpus, training)
+    with stage(console, "distil the gates", config.distil.steps) as distilling:
+        gates = distil(config, model, corpus, distilling)
     evaluator = Evaluator(config, model, gates, corpus)
     with stage(console, "evaluate", evaluator.steps) as advance:
         results = evaluator.run(advance)
@@ -48,7 +48,9 @@ def run(config: DemoConfig, source: Path | None, out: Path) -> Results:
     console.print(report.table(config, results))
     for line in report.notes(config) + report.findings(results):
         console.print(line)
-    data = report.as_json(config, corpus, results, seconds)
+    data = report.as_json(config, corpus, results)
+    data["steps_made"] = {"train": training.done, "distil": distilling.done}
+    data["seconds"] = seconds
     (out / "results.json").write_text(json.dumps(data, indent=2) + "\n")
     draw(config, results, out / "figure.png")
     console.print(

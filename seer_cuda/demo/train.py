@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -55,10 +56,22 @@ class Muon:
                 matrix.mul_(1 - rate * self.weight_decay).sub_(one, alpha=size)
 
 
-def rate_factor(step: int, config: TrainConfig) -> float:
+class Pace:
+    """How far a stage is, from 0 to 1: by its steps or, on a slow machine, by its time limit."""
+
+    def __init__(self, steps: int, seconds: float | None) -> None:
+        self.steps, self.seconds = steps, seconds
+        self.started = time.monotonic()
+
+    def __call__(self, step: int) -> float:
+        """At the start of a step; 1 or more ends the stage."""
+        by_time = 0.0 if self.seconds is None else (time.monotonic() - self.started) / self.seconds
+        return max(step / self.steps, by_time)
+
+
+def rate_factor(step: int, progress: float, config: TrainConfig) -> float:
     """Linear warm-up, constant, linear decay."""
-    left = (config.steps - step) / (config.decay_share * config.steps)
-    return min(1.0, (step + 1) / config.warm_up, left)
+    return min(1.0, (step + 1) / config.warm_up, (1 - progress) / config.decay_share)
 
 
 def train(config: DemoConfig, corpus: Corpus, advance: Advance) -> CausalLM:
@@ -74,8 +87,9 @@ def train(config: DemoConfig, corpus: Corpus, advance: Advance) -> CausalLM:
     adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=plan.weight_decay, fused=True)
     muon = Muon(matrices, plan.weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
-    for step in range(plan.steps):
-        short = step < plan.short_share * plan.steps
+    pace, step = Pace(plan.steps, plan.seconds), 0
+    while (progress := pace(step)) < 1:
+        short = progress < plan.short_share
         context = plan.short_context if short else config.model.context
         tokens = corpus.sample(plan.tokens // context, context + 1, generator).to(config.device)
         with torch.autocast(config.device, config.dtype, enabled=config.dtype != torch.float32):
@@ -84,13 +98,14 @@ def train(config: DemoConfig, corpus: Corpus, advance: Advance) -> CausalLM:
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        factor = rate_factor(step, plan)
+        factor = rate_factor(step, progress, plan)
         for group in adam.param_groups:
             group["lr"] = plan.adam_rate * factor
         adam.step()
         muon.step(plan.muon_rate * factor)
         # Reading the loss waits for the device, so not at every step.
         advance(f"loss {loss.item():.2f}" if step % 10 == 0 else "")
+        step += 1
     return model.eval().requires_grad_(False)
 
 
