@@ -20,6 +20,13 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 struct CUstream_st;
 
+// Throws torch's own text for a failed call of its C interface. The macro was renamed after 2.11.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define SEER_TORCH_CHECK(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
+#else
+#define SEER_TORCH_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace seer::binding {
 
 // Contiguous tensor on like's device. aoti_torch_empty_strided is the cheapest allocator of the
@@ -35,7 +42,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
     stride *= shape[d] > 0 ? shape[d] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  SEER_TORCH_CHECK(aoti_torch_empty_strided(
       rank, shape, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       static_cast<int32_t>(like.device().type()), like.device().index(), &handle));
   return Tensor(handle);
@@ -50,8 +57,7 @@ class CudaScope {
           "seer: libtorch_cuda: expected a torch built with CUDA, got a CPU-only torch. "
           "Install a CUDA build of torch.");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    SEER_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<CUstream_st*>(stream);
   }
   CUstream_st* stream() const { return stream_; }
