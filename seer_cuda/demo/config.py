@@ -48,7 +48,7 @@ class TrainConfig:
     adam_rate: float = 5e-3  # embedding, head, norms
     muon_rate: float = 2e-2  # matrices of the layers
     weight_decay: float = 0.05
-    seconds: float | None = 130.0  # a machine too slow for the steps makes fewer; None: all
+    seconds: float | None = 150.0  # a machine too slow for the steps makes fewer; None: all
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class DistilConfig:
     windows: int  # per step
     rate: float  # the paper: 1e-3 for 500 steps of a million tokens; fewer tokens want more
     warm_up: int = 20
-    seconds: float | None = 40.0
+    seconds: float | None = 50.0
 
 
 @dataclass(frozen=True)
