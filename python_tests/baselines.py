@@ -95,17 +95,25 @@ def attention(
         safe_k = kh.masked_fill(~kh.isfinite(), 0.0)
         sizes = (qh.abs() @ safe_k.abs().transpose(1, 2)) * abs(scale)
         bound = max(bound, float(sizes.masked_fill(~seen, 0.0).nan_to_num(0.0).max()))
-    return AttentionBaseline(out, lse, score_error(bound, q.shape[-1]), spread, mass, peak, probs)
+    delta = score_error(bound, q.shape[-1], equal_terms(q, k))
+    return AttentionBaseline(out, lse, delta, spread, mass, peak, probs)
 
 
-def score_error(bound: float, terms: int) -> float:
-    """Bound of the error of a dot product of `terms` terms accumulated in fp32, in any order.
+def equal_terms(*tensors: Tensor) -> bool:
+    """Whether each row of the tensors repeats one value: all terms of a dot product are equal."""
+    return all(bool((x == x[..., :1]).all()) for x in tensors)
 
-    bound is the largest ``scale sum |q_d k_d|``. Each of the terms - 1 additions rounds by at most
-    2^-24 of the sum so far (Higham 2002, section 3.1; equal terms do come close to it). Four more
-    ulp are for scale, log2(e), the difference to the running maximum and exp2 itself.
+
+def score_error(bound: float, terms: int, equal: bool) -> float:
+    """Bound of the error of a dot product of `terms` terms accumulated in fp32.
+
+    bound is the largest ``scale sum |q_d k_d|``. Roundings of unrelated terms add up as
+    sqrt(terms). Those of equal terms all point one way: each of the terms - 1 additions rounds by
+    at most 2^-24 of the sum so far (Higham 2002, section 3.1). Four more ulp are for scale,
+    log2(e), the difference to the running maximum and exp2 itself.
     """
-    return EPS32 * (terms / 2 + 4) * bound + FAST_MATH
+    additions = terms / 2 if equal else math.sqrt(terms)
+    return EPS32 * (additions + 4) * bound + FAST_MATH
 
 
 def pooled_map(base: AttentionBaseline, block_q: int, block_kv: int, shape, per_token=False):
@@ -165,4 +173,4 @@ def gate_score_error(q_gate, k_gate, *, scale=None) -> float:
         k_gate.double().abs().repeat_interleave(group, 2),
     )
     bound = abs(scale) * float(sizes.nan_to_num(0.0, 0.0, 0.0).max()) if sizes.numel() else 0.0
-    return score_error(bound, q_gate.shape[-1])
+    return score_error(bound, q_gate.shape[-1], equal_terms(q_gate, k_gate))
