@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import json
+from dataclasses import dataclass, fields, replace
 
+from bench.source import ROOT
+
+VARIANTS = ROOT / "csrc" / "variants.json"
+PORTABLE = "sm80"
 DENSITIES = (1.0, 0.5, 0.2, 0.1)
-LENGTHS = (8192, 32768)
 BLOCKS = ((64, 64), (128, 128))
+SHORT, MIDDLE, LONG = 8192, 32768, 131072
 
 
 @dataclass(frozen=True)
@@ -15,13 +20,13 @@ class Case:
     """One problem: what is computed, on which shapes, under which mask.
 
     `mask` is how the block mask is made (bench.masks): "dense" (no mask at all), "random" (every
-    query head has its own) or "kv_head" (the heads of a GQA group share one). `arch` is the
-    kernel family the row belongs to. Lengths count tokens, `density` is the kept fraction of the
-    causally visible blocks.
+    query head has its own), "kv_head" (random, the heads of a GQA group share one) or "structured"
+    (sink, local window, stripes). `arch` is the kernel family that runs. Lengths count tokens,
+    `density` is the kept fraction of the causally visible blocks.
     """
 
     op: str = "block_sparse_attn"
-    arch: str = "sm80"
+    arch: str = PORTABLE
     batch: int = 1
     heads_q: int = 32
     heads_kv: int = 8
@@ -47,10 +52,18 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Short unique name, what `--only` matches, e.g. `sm80-8k-64x64-random-d0.5`."""
-        length = f"{self.rows_q // 1024}k" if self.rows_q % 1024 == 0 else str(self.rows_q)
-        block = f"{self.block[0]}x{self.block[1]}"
-        return f"{self.arch}-{length}-{block}-{self.mask}-d{self.density:g}"
+        """Short unique name, what `--only` matches, e.g. `sm90-8k-64x64-random-d0.5` or
+        `sm90-32k-hd64-noncausal-64x64-dense-d1`: what is not the default stands before the block.
+        """
+        parts = [self.arch]
+        parts.append(f"{self.rows_q // 1024}k" if self.rows_q % 1024 == 0 else str(self.rows_q))
+        if self.head_dim != 128:
+            parts.append(f"hd{self.head_dim}")
+        if self.dtype != "bfloat16":
+            parts.append(self.dtype)
+        if not self.causal:
+            parts.append("noncausal")
+        return "-".join([*parts, "x".join(map(str, self.block)), self.mask, f"d{self.density:g}"])
 
 
 def case_of(row: dict) -> Case:
@@ -59,18 +72,48 @@ def case_of(row: dict) -> Case:
     return Case(**known | {"block": tuple(row["block"])})
 
 
-def all_cases() -> list[Case]:
-    """Every case of the record, in the order in which they run.
+def newest_family(capability: tuple[int, int]) -> str:
+    """The kernel family that calls run by default on a GPU of this compute capability: its own
+    where csrc/variants.json has one, else the portable one."""
+    own = 10 * capability[0] + capability[1]
+    kernels = json.loads(VARIANTS.read_text())["kernels"]
+    return f"sm{own}" if own in {row["sm"] for row in kernels} else PORTABLE
 
-    Per length: dense attention once, where the dense peers stand, then the sparse cases grouped
-    by block size, so that a peer that compiles per shape compiles once per group.
+
+def _dense(rows: int, **different: object) -> Case:
+    return Case(rows_q=rows, rows_kv=rows, mask="dense", **different)
+
+
+def _sparse(rows: int, density: float, **different: object) -> Case:
+    return Case(rows_q=rows, rows_kv=rows, density=density, **different)
+
+
+def _by_density(rows: int, **different: object) -> list[Case]:
+    return [_sparse(rows, density, **different) for density in DENSITIES]
+
+
+def all_cases(family: str) -> list[Case]:
+    """Every case of the record of a GPU whose default family is `family`, in the order in which
+    they run; where that is not the portable family, some are repeated with it at the end.
+
+    The headline comes first. Sparse cases stand together by block size, so that a peer that
+    compiles per shape compiles once per group.
     """
     cases = []
-    for rows in LENGTHS:
-        cases.append(Case(rows_q=rows, rows_kv=rows, mask="dense"))
-        cases.extend(
-            Case(rows_q=rows, rows_kv=rows, block=block, density=density)
-            for block in BLOCKS
-            for density in DENSITIES
-        )
+    for rows in (MIDDLE, SHORT):
+        cases += [_dense(rows), _dense(rows, causal=False)]
+        for block in BLOCKS:
+            cases += _by_density(rows, block=block)
+    cases.append(_dense(LONG))
+    cases += [_sparse(LONG, 0.1, block=block) for block in BLOCKS]
+    for mask in ("kv_head", "structured"):
+        cases += [_sparse(MIDDLE, density, mask=mask) for density in (0.2, 0.1)]
+    cases += [_dense(MIDDLE, head_dim=64), *_by_density(MIDDLE, head_dim=64)]
+    cases += [_dense(MIDDLE, dtype="float16"), _sparse(MIDDLE, 0.2, dtype="float16")]
+
+    cases = [replace(case, arch=family) for case in cases]
+    if family != PORTABLE:
+        cases.append(_dense(MIDDLE))
+        for block in BLOCKS:
+            cases += _by_density(MIDDLE, block=block)
     return cases

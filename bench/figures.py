@@ -19,16 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import report
+from bench.cases import BLOCKS, MIDDLE, VARIANTS
 from bench.record import RESULTS
 from bench.source import ROOT
 
 README = ROOT / "README.md"
 IMAGES = ROOT / "docs" / "img"
-VARIANTS = ROOT / "csrc" / "variants.json"
-DRAWING = "1"  # raised when the drawing itself changes
+DRAWING = "2"  # raised when the drawing itself changes
 
-FIGURE_ROWS = 32768
-FIGURE_BLOCKS = ((64, 64), (128, 128))
 # Operators in the README's order; those with rows in variants.json have compiled CUDA kernels.
 BITS_OPS = ("pack_block_bits", "unpack_block_bits", "block_bits_from_indices")
 TENSOR_OPS = ("block_sparse_attn", "attn_pool", "pool_gate", "gate_scores", "gate_select")
@@ -36,13 +34,18 @@ TENSOR_OPS = ("block_sparse_attn", "attn_pool", "pool_gate", "gate_scores", "gat
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one figure; `peers` in the order of report.TITLES."""
+    """Colours of one figure; `ours` and `peers` in the order of report.FAMILIES and TITLES."""
 
     name: str
     ink: str
     faint: str
-    ours: str
+    ours: tuple[str, ...]
     peers: tuple[str, ...]
+
+    def colour(self, name: str) -> str:
+        """Of a family or a peer."""
+        names = (*report.FAMILIES, *report.TITLES)
+        return dict(zip(names, self.ours + self.peers, strict=True))[name]
 
 
 THEMES = (
@@ -50,14 +53,14 @@ THEMES = (
         "light",
         ink="#1f2328",
         faint="#d1d9e0",
-        ours="#0a66d8",
+        ours=("#0a66d8", "#6ea8ea"),
         peers=("#8250df", "#9a6700", "#bf3989", "#1a7f37", "#cf5b00", "#57606a"),
     ),
     Theme(
         "dark",
         ink="#e6edf3",
         faint="#3d444d",
-        ours="#58a6ff",
+        ours=("#58a6ff", "#2f6cb8"),
         peers=("#bc8cff", "#d29922", "#f778ba", "#56d364", "#ffa657", "#9198a1"),
     ),
 )
@@ -82,36 +85,38 @@ def figure_path(theme: Theme) -> Path:
 
 
 def series(rows: list[dict], block: tuple[int, int]) -> dict[str, list[tuple[float, float]]]:
-    """{contestant: [(density, TFLOP/s)]} of the sparse rows at FIGURE_ROWS and a block size, ours
-    under "seer_cuda"; peers that know no mask have their dense rate at every density."""
-    chosen = [
-        row
-        for row in rows
-        if row["mask"] == "random"
-        and row["rows_kv"] == FIGURE_ROWS
-        and tuple(row["block"]) == block
-    ]
-    lines: dict[str, list[tuple[float, float]]] = {}
-    dense = report.dense_rows(rows).get(FIGURE_ROWS)
+    """{family or peer: [(density, TFLOP/s)]} of the headline's sparse rows at a block size; peers
+    that know no mask have their dense rate at every density."""
+    chosen = report.headline(rows, "random", rows_kv=MIDDLE, causal=True, block=list(block))
+    lines: dict[str, list[tuple[float, float]]] = {name: [] for name in report.families(chosen)}
     for row in chosen:
-        lines.setdefault("seer_cuda", []).append((row["density"], row["tflops"]))
+        lines[row["arch"]].append((row["density"], row["tflops"]))
         for name in row["peers"]:
             lines.setdefault(name, []).append((row["density"], report.peer_tflops(row, name)))
-        for name in report.DENSE_PEERS:
-            if dense and name in dense["peers"]:
-                rate = report.peer_tflops(dense, name)
-                lines.setdefault(name, []).append((row["density"], rate))
+    dense = report.dense_row(chosen[0], rows) if chosen else None
+    densities = sorted({row["density"] for row in chosen}, reverse=True)
+    for name in report.DENSE_PEERS:
+        if dense and name in dense["peers"]:
+            rate = report.peer_tflops(dense, name)
+            lines[name] = [(density, rate) for density in densities]
     return lines
 
 
 def _label_heights(values: dict[str, float], gap: float) -> dict[str, float]:
-    """Heights for labels beside `values`, moved apart upwards to at least `gap`."""
-    heights: dict[str, float] = {}
-    last = None
+    """Heights for labels beside `values`, moved apart to at least `gap`, as little as possible."""
+    clusters: list[tuple[list[str], float]] = []  # names from below, and their centre
     for name, value in sorted(values.items(), key=lambda item: item[1]):
-        last = value if last is None else max(value, last + gap)
-        heights[name] = last
-    return heights
+        names, centre = [name], value
+        while clusters and centre - clusters[-1][1] < gap * (len(names) + len(clusters[-1][0])) / 2:
+            below, at = clusters.pop()
+            centre = (at * len(below) + centre * len(names)) / (len(below) + len(names))
+            names = below + names
+        clusters.append((names, centre))
+    return {
+        name: centre + gap * (index - (len(names) - 1) / 2)
+        for names, centre in clusters
+        for index, name in enumerate(names)
+    }
 
 
 def draw(record: dict, theme: Theme, path: Path) -> None:
@@ -132,16 +137,16 @@ def draw(record: dict, theme: Theme, path: Path) -> None:
     }
     with plt.rc_context(style):
         figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.0), sharey=True)
-        panels = [series(record["rows"], block) for block in FIGURE_BLOCKS]
+        panels = [series(record["rows"], block) for block in BLOCKS]
         top = 1.12 * max(
             rate for lines in panels for points in lines.values() for _, rate in points
         )
-        for axis, block, lines in zip(axes, FIGURE_BLOCKS, panels, strict=True):
+        for axis, block, lines in zip(axes, BLOCKS, panels, strict=True):
             _draw_panel(axis, lines, theme, top)
             axis.set_title(f"{block[0]}x{block[1]} blocks", loc="left", fontsize=11)
         axes[0].set_ylabel("TFLOP/s of kept work")
         figure.suptitle(
-            f"Block-sparse attention forward, {report.length(FIGURE_ROWS)} tokens, causal, bf16, "
+            f"Block-sparse attention forward, {report.length(MIDDLE)} tokens, causal, bf16, "
             f"32/8 heads of 128: {record['gpu']}, {record['date']}",
             fontsize=10.5,
             x=0.01,
@@ -155,29 +160,30 @@ def draw(record: dict, theme: Theme, path: Path) -> None:
 
 
 def _draw_panel(axis, lines: dict, theme: Theme, top: float) -> None:
-    colours = dict(zip(report.TITLES, theme.peers, strict=True)) | {"seer_cuda": theme.ours}
     densities = sorted(
         {density for points in lines.values() for density, _ in points}, reverse=True
     )
     place = {density: index for index, density in enumerate(densities)}
     heights = _label_heights({name: points[-1][1] for name, points in lines.items()}, 0.055 * top)
     for name, points in lines.items():
-        ours, dense = name == "seer_cuda", name in report.DENSE_PEERS
+        ours, dense = name in report.FAMILIES, name in report.DENSE_PEERS
+        newest = name == next(iter(lines))
+        title = (report.FAMILIES | report.TITLES)[name] + (" (dense)" if dense else "")
         axis.plot(
             [place[density] for density, _ in points],
             [rate for _, rate in points],
-            color=colours[name],
-            linewidth=2.6 if ours else 1.4,
+            color=theme.colour(name),
+            linewidth=2.6 if newest else 1.4,
             linestyle="--" if dense else "-",
             marker="" if dense else "o",
-            markersize=5 if ours else 3.5,
-            zorder=3 if ours else 2,
+            markersize=5 if newest else 3.5,
+            zorder=3 if newest else 2,
         )
         axis.text(
             len(densities) - 0.88,
             heights[name],
-            "seer_cuda" if ours else report.TITLES[name] + (" (dense)" if dense else ""),
-            color=colours[name],
+            title,
+            color=theme.colour(name),
             fontsize=9,
             fontweight="bold" if ours else "normal",
             va="center",
@@ -192,15 +198,15 @@ def _draw_panel(axis, lines: dict, theme: Theme, top: float) -> None:
 
 
 def speed_section(record: dict | None) -> str:
-    """README: the figure and the table of 32k, 64x64."""
-    if record is None or not series(record["rows"], FIGURE_BLOCKS[0]):
+    """README: the figure, the table of sparse attention at the middle length, and the dense one."""
+    if record is None or not series(record["rows"], BLOCKS[0]):
         return (
             "No GPU record is in [bench/results](bench/results) yet: `make gpu-check` on a GPU "
             "machine writes it, and `python -m bench.figures` puts it here."
         )
-    table = report.markdown_table(record["rows"], FIGURE_ROWS, FIGURE_BLOCKS[0])
-    name = report.length(FIGURE_ROWS)
-    starred = any(r"\*" in line for line in table)
+    sparse = report.sparse_table(record["rows"], MIDDLE, BLOCKS)
+    dense = report.dense_table(record["rows"])
+    starred = any(r"\*" in line for line in sparse + dense)
     note = ["", "\\* host-bound: the time may be that of the host."] if starred else []
     return "\n".join(
         [
@@ -209,11 +215,15 @@ def speed_section(record: dict | None) -> str:
             '  <img alt="TFLOP/s over density, against peers" src="docs/img/speed_light.svg">',
             "</picture>",
             "",
-            f"{record['gpu']}, torch {record['torch']}, {record['date']}; {name} tokens, 32 query "
-            "and 8 KV heads of 128, bf16, causal, 64x64 blocks, a random mask per head; sustained "
-            "times, peers in the same run:",
+            f"TFLOP/s of kept work on an {record['gpu']}, torch {record['torch']}, "
+            f"{record['date']}: {report.length(MIDDLE)} tokens, causal, a random mask per head; 32 "
+            "query and 8 KV heads of 128, bf16; sustained, peers in the same run.",
             "",
-            *table,
+            *sparse,
+            "",
+            "Without a mask:",
+            "",
+            *dense,
             *note,
         ]
     )
@@ -241,7 +251,8 @@ def support_section(variants: list[dict]) -> str:
                 _span({row["block_q"] for row in of_sm}),
                 _span({size for row in of_sm for size in block_kv_of(row)}),
             ]
-            cuda = f"kernel, compute capability {sm // 10}.{sm % 10} and newer"
+            newer = " and newer" if sm == 80 else ""
+            cuda = f"kernel, compute capability {sm // 10}.{sm % 10}{newer}"
             lines.append(f"| `{op}` | {cuda} | {' | '.join(spans)} | kernel |")
     bits = ", ".join(f"`{op}`" for op in BITS_OPS)
     lines.append(f"| {bits} | kernel | | | | | kernel |")

@@ -10,6 +10,11 @@ import torch
 if TYPE_CHECKING:
     from bench.cases import Case
 
+# Structured masks: so many neighbouring query blocks share the columns of their stripes, and each
+# keeps so many blocks up to the diagonal.
+NEIGHBOURS = 8
+WINDOW = 4
+
 
 def visible_blocks(case: Case) -> torch.Tensor:
     """KV blocks that query block i can see at all: int64 [blocks_q], on the CPU.
@@ -33,17 +38,36 @@ def kept_per_row(case: Case) -> torch.Tensor:
     return torch.minimum(kept.clamp(min=1), visible)
 
 
-def block_mask(case: Case, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The mask of a case: bool [batch, heads, blocks_q, blocks_kv], heads = heads_q ("random") or
-    heads_kv ("kv_head").
+def _preference(case: Case, generator: torch.Generator) -> torch.Tensor:
+    """Of one head, in which order rows keep blocks: the smallest numbers first. Float [blocks_q,
+    blocks_kv]."""
+    device = generator.device
+    shape = (case.blocks_q, case.blocks_kv)
+    if case.mask != "structured":
+        return torch.rand(shape, device=device, generator=generator)
+    groups = (-(-case.blocks_q // NEIGHBOURS), case.blocks_kv)
+    stripes = torch.rand(groups, device=device, generator=generator)
+    order = stripes.repeat_interleave(NEIGHBOURS, 0)[: case.blocks_q]
+    order[:, 0] = -1.0  # the sink
+    column = torch.arange(case.blocks_kv, device=device)
+    distance = visible_blocks(case).to(device)[:, None] - column
+    return torch.where(distance <= WINDOW, distance - (WINDOW + 2.0), order)
 
-    Every row keeps its last visible block (the diagonal one) and a uniformly random choice of the
-    blocks before it, `kept_per_row` in all. Made one head at a time: the random keys and their
-    order take O(blocks_q * blocks_kv) beside the result, not O(heads * blocks_q * blocks_kv).
+
+def block_mask(case: Case, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The mask of a case: bool [batch, heads, blocks_q, blocks_kv], heads = heads_q or, "kv_head",
+    heads_kv.
+
+    Every row keeps `kept_per_row` blocks, its last visible one (the diagonal one) among them. The
+    others are a uniformly random choice or, "structured", first the local window, then the sink
+    (block 0), then random stripes that neighbouring rows have in common, as real masks do. Made
+    one head at a time: the numbers and their order take O(blocks_q * blocks_kv) beside the
+    result, not O(heads * blocks_q * blocks_kv).
     """
-    if case.mask not in ("random", "kv_head"):
-        raise ValueError(f"block_mask: expected mask random or kv_head, got {case.mask!r}")
-    heads = case.heads_q if case.mask == "random" else case.heads_kv
+    kinds = ("random", "kv_head", "structured")
+    if case.mask not in kinds:
+        raise ValueError(f"block_mask: expected mask {', '.join(kinds)}, got {case.mask!r}")
+    heads = case.heads_kv if case.mask == "kv_head" else case.heads_q
     generator = torch.Generator(device=device).manual_seed(case.seed)
     column = torch.arange(case.blocks_kv, device=device)
     visible = visible_blocks(case).to(device)[:, None]
@@ -51,10 +75,10 @@ def block_mask(case: Case, device: torch.device | str = "cpu") -> torch.Tensor:
     shape = (case.blocks_q, case.blocks_kv)
     mask = torch.zeros(case.batch, heads, *shape, dtype=torch.bool, device=device)
     for head_mask in mask.flatten(0, 1):
-        keys = torch.rand(shape, device=device, generator=generator)
-        keys = torch.where(column < visible, keys, torch.inf)
-        keys = torch.where(column == visible - 1, -1.0, keys)
-        head_mask.scatter_(1, keys.argsort(dim=1), (column < kept).expand(shape))
+        order = _preference(case, generator)
+        order = torch.where(column < visible, order, torch.inf)
+        order = torch.where(column == visible - 1, -torch.inf, order)
+        head_mask.scatter_(1, order.argsort(dim=1), (column < kept).expand(shape))
     return mask
 
 

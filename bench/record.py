@@ -6,8 +6,9 @@
     python -m bench.record --check       is there a sound record of the present sources? (no GPU,
                                          no torch needed; exit status 0 yes, 1 no)
 
-The exit status of a run is 0 only if every test passed, every case of ours was measured and no
-sanitizer found anything; the record is written in any case and names what is missing.
+The exit status of a run is 0 only if every test passed, every case of ours and the cost of a launch
+were measured, and no sanitizer found anything; the record is written in any case and names what is
+missing.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import fnmatch
+import functools
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from bench.cases import all_cases, case_of
+from bench.cases import all_cases, case_of, newest_family
 from bench.source import ROOT, source_hash
 
 RESULTS = ROOT / "bench" / "results"
@@ -54,9 +56,11 @@ def faults(record: dict) -> list[str]:
             found.append(f"{tool}: {errors if isinstance(errors, str) else f'found {errors}'}")
     measured = {case_of(row).name for row in record["rows"]}
     reasons = record.get("failures", {})
-    for case in all_cases():
+    for case in all_cases(record["family"]):
         if case.name not in measured:
             found.append(f"{case.name}: {reasons.get(case.name, 'not measured')}")
+    if "launch" not in record:
+        found.append(f"launch: {reasons.get('launch', 'not measured')}")
     return found
 
 
@@ -92,7 +96,8 @@ def check_records(paths: list[Path], source: str) -> tuple[bool, str]:
 
 
 def environment() -> dict[str, str | None]:
-    """gpu, driver, torch, cuda, date, source: what the numbers belong to."""
+    """gpu, family (the kernel family that calls run by default on it), driver, torch, cuda, date,
+    source: what the numbers belong to."""
     import torch
 
     try:
@@ -103,6 +108,7 @@ def environment() -> dict[str, str | None]:
         driver = None
     return {
         "gpu": torch.cuda.get_device_name(),
+        "family": newest_family(torch.cuda.get_device_capability()),
         "driver": driver,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -137,28 +143,41 @@ def run(options: argparse.Namespace) -> int:
         return 2
 
     from bench import checks, report
+    from bench.launch import launch_costs
     from bench.peers import all_peers
-    from bench.runner import run_cases
+    from bench.runner import reason_of, run_cases
     from bench.timing import CudaClock, Schedule
 
     began = time.monotonic()
     record: dict = environment()
-    partial = options.quick or options.only
+    partial = options.quick or options.only or options.peers is not None
     if not (options.no_tests or partial):
         record["tests"] = checks.run_gpu_tests(timeout=TESTS_UNTIL * options.limit)
 
-    cases = all_cases()
+    cases = all_cases(record["family"])
     if options.quick:
         cases = [case for case in cases if case.rows_kv <= 8192]
     if options.only:
         cases = [case for case in cases if fnmatch.fnmatch(case.name, options.only)]
+    peers = all_peers()
+    if options.peers is not None:
+        peers = [peer for peer in peers if peer.NAME in options.peers.split(",")]
+    print(f"\n{record['gpu']}, driver {record['driver']}, torch {record['torch']}")
+    print("\n".join(report.head_lines()), flush=True)
     results = run_cases(
         cases,
-        all_peers(),
+        record["family"],
+        peers,
         CudaClock(),
         Schedule(rounds=1) if options.quick else Schedule(),
         deadline=began + CASES_UNTIL * options.limit,
+        say=functools.partial(print, flush=True),
     )
+    try:
+        record["launch"] = launch_costs()
+        print("\n".join(report.launch_lines(record["launch"])))
+    except Exception as error:  # the rows are kept, and the reason
+        results.failures["launch"] = reason_of(error)
     record["unavailable"] = results.unavailable
     record["failures"] = results.failures
     if options.sanitize:
@@ -166,9 +185,7 @@ def run(options: argparse.Namespace) -> int:
     record["seconds"] = round(time.monotonic() - began)
     record["rows"] = results.rows
 
-    print(f"\n{record['gpu']}, driver {record['driver']}, torch {record['torch']}")
-    print("\n".join(report.ratio_lines(results.rows)))
-    for part in ("tests", "sanitizer", "unavailable", "failures"):
+    for part in ("tests", "sanitizer", "unavailable", "failures", "seconds"):
         if record.get(part):
             print(f"{part}: {json.dumps(record[part])}")
     path = options.output
@@ -177,7 +194,7 @@ def run(options: argparse.Namespace) -> int:
     if path is not None:
         write_record(record, path)
         print(f"written: {path}")
-    missing = [case.name for case in cases if case.name in results.failures]
+    missing = [name for name in (*(c.name for c in cases), "launch") if name in results.failures]
     return 0 if succeeded(record, missing) else 1
 
 
@@ -191,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only judge the present record")
     parser.add_argument("--sanitize", action="store_true", help="run compute-sanitizer too")
     parser.add_argument("--only", metavar="GLOB", help="cases by name, e.g. '*-32k-64x64-*'")
+    parser.add_argument("--peers", metavar="NAMES", help="only these, e.g. fa3,fa4; '' for none")
     parser.add_argument("--quick", action="store_true", help="short lengths, one round")
     parser.add_argument("--no-tests", action="store_true", help="benchmarks only")
     parser.add_argument("--limit", type=float, default=480.0, help="seconds in all (480)")
@@ -198,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         "--output",
         type=Path,
         help="where to write; without it a run of all parts writes bench/results/<gpu>.json, "
-        "a partial one (--only, --quick, --no-tests) prints only",
+        "a partial one (--only, --peers, --quick, --no-tests) prints only",
     )
     options = parser.parse_args(argv)
     if options.check:

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from bench.cases import case_of
+
 OURS = "seer_cuda"
+# Kernel families, the newest first.
+FAMILIES = {"sm90": "seer_cuda (Hopper)", "sm80": "seer_cuda (portable)"}
 # From this share of its time between events on, a launch's host time may be what was measured.
 HOST_SHARE = 0.9
 # Peers that know no block mask: their speed is set against ours as a rate (TFLOP/s) of the same
@@ -17,6 +21,10 @@ TITLES = {
     "flex": "FlexAttention",
     "cudnn_frontend": "cuDNN frontend BSA",
 }
+# What the README's tables and figure show of a record; other rows differ in one of these.
+HEADLINE = {"heads_q": 32, "heads_kv": 8, "head_dim": 128, "dtype": "bfloat16"}
+# What two rows have in common that ask for the same attention but for the mask.
+SHAPE = ("batch", "heads_q", "heads_kv", "head_dim", "rows_q", "rows_kv", "dtype", "causal")
 
 
 def flops_of(row: dict) -> float:
@@ -24,14 +32,35 @@ def flops_of(row: dict) -> float:
     return row["tflops"] * row["ms"] * 1e9
 
 
-def dense_rows(rows: list[dict]) -> dict[int, dict]:
-    """The dense row of each length (rows_kv)."""
-    return {row["rows_kv"]: row for row in rows if row["mask"] == "dense"}
+def headline(rows: list[dict], mask: str, **wanted: object) -> list[dict]:
+    """Rows of the headline's heads and type with this kind of mask, and `wanted` fields."""
+    wanted = HEADLINE | {"mask": mask} | wanted
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def families(rows: list[dict]) -> list[str]:
+    """Kernel families that rows belong to, the newest first."""
+    present = {row["arch"] for row in rows}
+    return [family for family in FAMILIES if family in present]
+
+
+def peers_in(rows: list[dict]) -> list[str]:
+    """Peers that were timed in any of the rows, in the order of TITLES."""
+    return [name for name in TITLES if any(name in row["peers"] for row in rows)]
+
+
+def dense_row(row: dict, rows: list[dict]) -> dict | None:
+    """The row of dense attention with peers that has the shape of `row`, if there is one."""
+    for other in rows:
+        same = all(other[key] == row[key] for key in SHAPE)
+        if same and other["mask"] == "dense" and other["peers"]:
+            return other
+    return None
 
 
 def flash_speedup(row: dict, rows: list[dict]) -> float | None:
-    """How many times faster than dense FlashAttention-2 of the same length, None if not timed."""
-    dense = dense_rows(rows).get(row["rows_kv"])
+    """How many times faster than dense FlashAttention-2 of the same shape, None if not timed."""
+    dense = dense_row(row, rows)
     ms = dense["peers"].get("sdpa_flash") if dense else None
     return ms / row["ms"] if ms else None
 
@@ -59,47 +88,95 @@ def length(rows: int) -> str:
     return f"{rows // 1024}k" if rows % 1024 == 0 else str(rows)
 
 
-def ratio_lines(rows: list[dict]) -> list[str]:
-    """One line per row: time, rate, and the ratios that matter (above 1: we are faster)."""
-    head = f"{'case':34} {'ms':>9} {'burst':>9} {'TFLOP/s':>8} {'vs FA2':>7}  best peer"
-    lines = [head, "-" * len(head)]
-    for row in rows:
-        block = "x".join(str(size) for size in row["block"])
-        name = f"{row['arch']} {length(row['rows_kv'])} {block} {row['mask']} {row['density']:g}"
-        flash = flash_speedup(row, rows)
-        best = best_peer(row)
-        lines.append(
-            f"{name:34} {row['ms']:9.3f} {row['ms_burst']:9.3f} {row['tflops']:8.1f} "
-            + (f"{flash:6.2f}x" if flash else f"{'-':>7}")
-            + (f"  {best[1] / row['ms']:.2f}x {best[0]} ({best[1]:.3f} ms)" if best else "  -")
-            + "".join(f"  host-bound: {name}" for name in host_bound(row))
-        )
-    return lines
+def row_line(row: dict) -> str:
+    """A row in one line: our time and rate, the ratio to the best peer (above 1: we are faster),
+    the rates of all."""
+    best = best_peer(row)
+    peers = sorted(row["peers"], key=row["peers"].get)
+    return (
+        f"{case_of(row).name:38} {row['ms']:9.3f} {row['ms_burst']:9.3f} {row['tflops']:8.1f}"
+        + (f" {best[1] / row['ms']:6.2f}x" if best else f" {'-':>7}")
+        + "".join(f"  {name} {peer_tflops(row, name):.0f}" for name in peers)
+        + "".join(f"  host-bound: {name}" for name in host_bound(row))
+    )
 
 
-def markdown_table(rows: list[dict], rows_kv: int, block: tuple[int, int]) -> list[str]:
-    """Density against time and rate at one length and block size, for the README.
+def head_lines() -> list[str]:
+    """The head above lines of `row_line`."""
+    head = f"{'case':38} {'ms':>9} {'burst':>9} {'TFLOP/s':>8} {'vs best':>7}  peers, TFLOP/s"
+    return [head, "-" * len(head)]
 
-    A star marks a host-bound time, and the ratio of a peer whose time is.
-    """
-    chosen = [
-        row
-        for row in rows
-        if row["rows_kv"] == rows_kv and tuple(row["block"]) == block and row["mask"] == "random"
+
+def launch_lines(launch: dict[str, dict]) -> list[str]:
+    """One line per problem of `bench.launch`."""
+    return [
+        f"launch, {name}, us: {cost['call_us']:.1f} from the call to completion = kernel "
+        f"{cost['kernel_us']:.1f} + {cost['overhead_us']:.1f}; host {cost['host_us']:.1f} a call; "
+        f"back to back {cost['stream_us']:.1f} a call"
+        for name, cost in launch.items()
     ]
-    peers = [name for name in TITLES if any(name in row["peers"] for row in chosen)]
-    header = ["density", "ms", "TFLOP/s", "against dense FlashAttention-2"]
-    header += [f"against {TITLES[name]}" for name in peers]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for row in chosen:
-        flash = flash_speedup(row, rows)
-        bound = host_bound(row)
-        star = r"\*" if OURS in bound else ""
-        cells = [f"{row['density']:.0%}", f"{row['ms']:.2f}{star}", f"{row['tflops']:.0f}{star}"]
-        cells.append(f"{flash:.1f}x" if flash else "not timed")
-        for name in peers:
-            ms = row["peers"].get(name)
-            star = r"\*" if name in bound else ""
-            cells.append(f"{ms / row['ms']:.2f}x{star}" if ms else "not timed")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+
+
+def _table(header: list[str], lines: list[list[str]]) -> list[str]:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell or "-" for cell in cells) + " |"
+
+    return [line(header), "|" + "---|" * len(header), *map(line, lines)]
+
+
+def _rates(row: dict, of_family: dict[str, dict], kinds: list[str], peers: list[str]) -> list[str]:
+    """Cells with the TFLOP/s of our families and of the peers; a star: host-bound."""
+    cells = []
+    for kind in kinds:
+        mine = of_family.get(kind)
+        star = r"\*" if mine and OURS in host_bound(mine) else ""
+        cells.append(f"{mine['tflops']:.0f}{star}" if mine else "")
+    for name in peers:
+        rate = peer_tflops(row, name)
+        star = r"\*" if name in host_bound(row) else ""
+        cells.append(f"{rate:.0f}{star}" if rate else "")
+    return cells
+
+
+def _ratio(row: dict) -> str:
+    """Cell: how many times faster than the best peer."""
+    best = best_peer(row)
+    if best is None:
+        return ""
+    star = r"\*" if {OURS, best[0]} & set(host_bound(row)) else ""
+    return f"{best[1] / row['ms']:.2f}x{star}"
+
+
+def sparse_table(rows: list[dict], rows_kv: int, blocks: list[tuple[int, int]]) -> list[str]:
+    """TFLOP/s over block size and density at one length, ours by family, and the peers'."""
+    chosen = headline(rows, "random", rows_kv=rows_kv, causal=True)
+    kinds, peers = families(chosen), peers_in(chosen)
+    header = ["blocks", "kept", *(FAMILIES[kind] for kind in kinds)]
+    header += [*(TITLES[name] for name in peers), "against the best peer"]
+    header += ["against dense FlashAttention-2"]
+    lines = []
+    for block in blocks:
+        of_block = [row for row in chosen if tuple(row["block"]) == block]
+        for density in sorted({row["density"] for row in of_block}, reverse=True):
+            same = {row["arch"]: row for row in of_block if row["density"] == density}
+            row = same[next(kind for kind in kinds if kind in same)]
+            flash = flash_speedup(row, rows)
+            cells = [f"{block[0]}x{block[1]}", f"{density:.0%}", *_rates(row, same, kinds, peers)]
+            lines.append([*cells, _ratio(row), f"{flash:.1f}x" if flash else ""])
+    return _table(header, lines)
+
+
+def dense_table(rows: list[dict]) -> list[str]:
+    """TFLOP/s of attention without a mask, ours by family, and the peers'."""
+    chosen = headline(rows, "dense")
+    kinds, peers = families(chosen), peers_in(chosen)
+    header = ["dense", *(FAMILIES[kind] for kind in kinds), *(TITLES[name] for name in peers)]
+    lines = []
+    for causal in (True, False):
+        of_kind = [row for row in chosen if row["causal"] == causal]
+        for rows_kv in sorted({row["rows_kv"] for row in of_kind}):
+            same = {row["arch"]: row for row in of_kind if row["rows_kv"] == rows_kv}
+            row = same[next(kind for kind in kinds if kind in same)]
+            name = f"{length(rows_kv)}, {'causal' if causal else 'not causal'}"
+            lines.append([name, *_rates(row, same, kinds, peers), _ratio(row)])
+    return _table([*header, "against the best peer"], lines)

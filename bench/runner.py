@@ -11,8 +11,9 @@ from types import ModuleType
 import torch
 
 from bench.cases import Case
+from bench.peers import worth_timing
 from bench.problem import Problem, check
-from bench.report import OURS
+from bench.report import OURS, row_line
 from bench.timing import Clock, Launch, Schedule, measure
 
 
@@ -25,7 +26,7 @@ class Results:
     unavailable: dict[str, str] = field(default_factory=dict)
 
 
-def ours(problem: Problem) -> Callable[[], torch.Tensor]:
+def ours(problem: Problem) -> Launch:
     """The launch of this package: what a user calls, mask made beforehand."""
     import seer_cuda
 
@@ -47,22 +48,53 @@ def ours(problem: Problem) -> Callable[[], torch.Tensor]:
     )
 
 
-def _reason(error: Exception) -> str:
+def ours_forced(problem: Problem) -> Launch:
+    """The same by the kernels of the case's family, whichever the GPU runs by default."""
+    import seer_cuda  # noqa: F401  (defines torch.ops.seer)
+
+    case = problem.case
+    bits = None if problem.mask is None else torch.ops.seer.pack_block_bits(problem.mask)
+    block_q, block_kv = case.block
+    arch = int(case.arch.removeprefix("sm"))
+    op = torch.ops.seer._block_sparse_attn_on
+    return lambda: op(
+        problem.q,
+        problem.k,
+        problem.v,
+        bits,
+        block_q=block_q,
+        block_kv=block_kv,
+        causal=case.causal,
+        arch=arch,
+    )[0]
+
+
+def reason_of(error: Exception) -> str:
     """First line of an error, short enough for a record."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
 def _contestants(
-    problem: Problem, peers: Iterable[ModuleType], results: Results
+    problem: Problem, family: str, peers: Iterable[ModuleType], results: Results
 ) -> dict[str, Launch]:
-    """Launches of everyone who answers the problem rightly; ours must, a peer may fail."""
-    launches: dict[str, Launch] = {}
-    launch = ours(problem)
-    check(problem, launch())
-    launches[OURS] = launch
+    """Launches of everyone who answers the problem rightly; ours must, a peer may fail.
+
+    A case of the GPU's default family is timed as users call it, peers beside it. Equal bits show
+    that the family is what ran: a family's results are the same from run to run.
+    """
+    case = problem.case
+    launch = ours_forced(problem)
+    out = launch()
+    check(problem, out)
+    if case.arch != family:
+        return {OURS: launch}
+    launches = {OURS: ours(problem)}
+    if not torch.equal(launches[OURS](), out):
+        raise RuntimeError(f"the default call gives other bits than the kernels of {case.arch}")
+    del out
     for peer in peers:
-        if not peer.supports(problem.case):
+        if not (peer.supports(case) and worth_timing(peer.NAME, case)):
             continue
         answers = getattr(peer, "answers", lambda same: same)
         try:
@@ -70,7 +102,7 @@ def _contestants(
             check(answers(problem), launch())
             launches[peer.NAME] = launch
         except Exception as error:  # whatever a peer raises is its own reason, not our end
-            results.failures[f"{problem.case.name}: {peer.NAME}"] = _reason(error)
+            results.failures[f"{case.name}: {peer.NAME}"] = reason_of(error)
     return launches
 
 
@@ -106,6 +138,7 @@ def row_of(case: Case, flops: float, timings: dict) -> dict:
 
 def run_cases(
     cases: Iterable[Case],
+    family: str,
     peers: Iterable[ModuleType],
     clock: Clock,
     schedule: Schedule,
@@ -113,11 +146,17 @@ def run_cases(
     say: Callable[[str], None] = print,
     device: str = "cuda",
 ) -> Results:
-    """Measures `cases` until `deadline` (time.monotonic seconds); the rest is put down as such."""
+    """Measures `cases` until `deadline` (time.monotonic seconds); the rest is put down as such.
+
+    `family`: the kernel family that the GPU runs by default.
+    """
     results = Results()
     usable = []
     for peer in peers:
-        reason = peer.available()
+        try:
+            reason = peer.available()
+        except Exception as error:  # a broken installation
+            reason = reason_of(error)
         if reason:
             results.unavailable[peer.NAME] = reason
         else:
@@ -128,13 +167,12 @@ def run_cases(
             continue
         try:
             problem = Problem.build(case, device)
-            timings = measure(_contestants(problem, usable, results), clock, schedule)
+            timings = measure(_contestants(problem, family, usable, results), clock, schedule)
         except Exception as error:  # the record keeps the rows there are, and the reason
-            results.failures[case.name] = _reason(error)
-            say(f"{case.name}: FAILED {_reason(error)}")
+            results.failures[case.name] = reason_of(error)
+            say(f"{case.name}: FAILED {reason_of(error)}")
             continue
         row = row_of(case, problem.flops, timings)
         results.rows.append(row)
-        others = "  ".join(f"{name} {ms:.3f}" for name, ms in row["peers"].items())
-        say(f"{case.name}: {row['ms']:.3f} ms  {row['tflops']:.0f} TFLOP/s  | {others}")
+        say(row_line(row))
     return results

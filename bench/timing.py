@@ -170,6 +170,8 @@ def measure(
             ms_burst=statistics.median(burst[name]),
             spread=(max(sustained[name]) - min(sustained[name])) / ms,
             sm_mhz=mhz[name],
-            host_ms=clock.host_ms(launch, schedule.host_launches),
+            host_ms=clock.host_ms(
+                launch, launches_within(schedule.sustained_ms, ms, schedule.host_launches)
+            ),
         )
     return result

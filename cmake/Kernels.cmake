@@ -10,9 +10,9 @@ if(NOT EXISTS "${cutlass_dir}/cute/tensor.hpp")
                       "Install nvidia-cutlass==4.2.0.0 or set SEER_CUTLASS_DIR.")
 endif()
 
-# Portable kernels get machine code for every architecture asked for (90a's kernels live beside
-# them, but a Hopper GPU also runs the portable ones: sm_90 code spares it a compile from PTX), and
-# PTX of the first, so that newer GPUs run too.
+# Portable kernels get machine code for every architecture asked for (a Hopper GPU runs them beside
+# 90a's own: sm_90 code spares it a compile from PTX), and PTX of the first, so that newer GPUs run
+# too.
 set(portable_archs "")
 foreach(arch IN LISTS SEER_ARCHS)
   string(REGEX REPLACE "[af]$" "" base "${arch}")
@@ -23,36 +23,50 @@ string(REGEX REPLACE "[af]$" "" first_arch "${first_arch}")
 list(APPEND portable_archs "${first_arch}-virtual")
 list(REMOVE_DUPLICATES portable_archs)
 
-target_sources(seer_kernels PRIVATE
+set(kernel_logs "")     # one ptxas log per CUDA object, read after all of them are compiled
+set(kernel_objects "")
+
+# Compiles CUDA sources into an object library for these architectures.
+macro(add_kernels target archs)
+  target_sources(${target} PRIVATE ${ARGN})
+  target_include_directories(${target} SYSTEM PRIVATE
+    "${cutlass_dir}" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  set_target_properties(${target} PROPERTIES
+    CUDA_ARCHITECTURES "${archs}"
+    CUDA_VISIBILITY_PRESET hidden
+    CUDA_COMPILER_LAUNCHER "${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas_capture.sh")
+  # No --use_fast_math: where a fast instruction is meant, the kernel names it.
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -lineinfo
+      -Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage>)
+  foreach(source IN ITEMS ${ARGN})
+    string(REPLACE "${CMAKE_CURRENT_BINARY_DIR}/" "" relative "${source}")
+    list(APPEND kernel_logs
+         "${CMAKE_CURRENT_BINARY_DIR}/CMakeFiles/${target}.dir/${relative}.o.ptxas")
+  endforeach()
+  list(APPEND kernel_objects $<TARGET_OBJECTS:${target}>)
+endmacro()
+
+add_kernels(seer_kernels "${portable_archs}"
   csrc/block_bits/block_bits.cu
   csrc/common/varlen_fill.cu
-  csrc/block_sparse_attn/launch.cpp
   ${SEER_VARIANT_SOURCES})
-target_include_directories(seer_kernels SYSTEM PRIVATE
-  "${cutlass_dir}" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-set_target_properties(seer_kernels PROPERTIES
-  CUDA_ARCHITECTURES "${portable_archs}"
-  CUDA_VISIBILITY_PRESET hidden
-  CUDA_COMPILER_LAUNCHER "${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas_capture.sh")
-# No --use_fast_math: where a fast instruction is meant, the kernel names it.
-target_compile_options(seer_kernels PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -lineinfo
-    -Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage>)
+target_sources(seer_kernels PRIVATE csrc/block_sparse_attn/launch.cpp)
 target_link_libraries(seer_kernels PUBLIC "${SEER_CUDART}" dl rt pthread)
 
-# One log per CUDA object, read after all of them are compiled.
-set(kernel_logs "")
-set(object_dir "${CMAKE_CURRENT_BINARY_DIR}/CMakeFiles/seer_kernels.dir")
-foreach(source IN ITEMS csrc/block_bits/block_bits.cu csrc/common/varlen_fill.cu
-                        ${SEER_VARIANT_SOURCES})
-  string(REPLACE "${CMAKE_CURRENT_BINARY_DIR}/" "" relative "${source}")
-  list(APPEND kernel_logs "${object_dir}/${relative}.o.ptxas")
-endforeach()
+# No PTX here: that of an architecture-specific target runs nowhere else.
+if(SEER_SM90_VARIANT_SOURCES)
+  add_library(seer_kernels_sm90 OBJECT)
+  target_include_directories(seer_kernels_sm90 PRIVATE csrc/include csrc "${generated}")
+  add_kernels(seer_kernels_sm90 90a-real ${SEER_SM90_VARIANT_SOURCES})
+  target_link_libraries(seer_kernels INTERFACE $<TARGET_OBJECTS:seer_kernels_sm90>)
+endif()
+
 add_custom_command(
   OUTPUT "${resources}" "${CMAKE_CURRENT_BINARY_DIR}/ptxas.json"
   COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas_report.py"
     --json "${CMAKE_CURRENT_BINARY_DIR}/ptxas.json" --inc "${resources}" ${kernel_logs}
-  DEPENDS $<TARGET_OBJECTS:seer_kernels> "${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas_report.py"
+  DEPENDS ${kernel_objects} "${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas_report.py"
   COMMENT "Reading registers and spills of the kernels"
   VERBATIM)
 add_custom_target(seer_resources DEPENDS "${resources}")

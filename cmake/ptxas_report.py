@@ -4,7 +4,8 @@
     python ptxas_report.py --json ptxas.json --inc kernel_resources.inc OBJECT.ptxas [...]
 
 Writes one JSON row per kernel and architecture, and the same as C++ initialisers for the
-``_core`` module. Warns of spills and local memory; tools/check_kernels.py fails on them.
+``_core`` module. Warns of spills, local memory and what ptxas itself calls a loss of performance
+(wgmma serialised, setmaxnreg ignored); tools/check_kernels.py fails on them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from pathlib import Path
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(sm_\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
+LOSS = re.compile(r"Potential Performance Loss: (.*)")  # not always with the kernel's name
 
 
 def parse(log: Path) -> list[dict]:
-    """Rows of one log. ``name`` is the source's stem, ``symbol`` tells its kernels apart."""
+    """Rows of one log. ``name`` is the source's stem, ``symbol`` tells its kernels apart,
+    ``losses`` are ptxas's remarks on any of them."""
     stem = log.name.split(".")[0]
     rows: list[dict] = []
+    losses: list[str] = []
     for line in log.read_text().splitlines():
         if match := ENTRY.search(line):
             rows.append({"name": stem, "symbol": match[1], "arch": match[2]})
@@ -32,6 +36,10 @@ def parse(log: Path) -> list[dict]:
             rows[-1].update(stack=stack, spill_stores=stores, spill_loads=loads)
         elif rows and (match := USED.search(line)):
             rows[-1]["registers"] = int(match[1])
+        elif match := LOSS.search(line):
+            losses.append(match[1])
+    for row in rows:
+        row["losses"] = losses
     incomplete = [row for row in rows if "registers" not in row or "stack" not in row]
     if incomplete:
         raise SystemExit(f"{log}: could not read the resources of {incomplete[0]['symbol']}")
@@ -50,9 +58,9 @@ def main() -> int:
     args.inc.write_text(
         "".join(f'{{"{r["name"]}", "{r["arch"]}", {r["registers"]}}},\n' for r in rows)
     )
-    spilled = [r for r in rows if r["stack"] or r["spill_stores"] or r["spill_loads"]]
-    for row in spilled:
-        print(f"seer_cuda: {row['name']} ({row['arch']}) uses local memory: {row}", file=sys.stderr)
+    for row in rows:
+        if row["stack"] or row["spill_stores"] or row["spill_loads"] or row["losses"]:
+            print(f"seer_cuda: slow code in {row['name']} ({row['arch']}): {row}", file=sys.stderr)
     return 0
 
 

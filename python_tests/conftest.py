@@ -10,6 +10,7 @@ import os
 import zlib
 from collections import Counter
 
+import attention
 import pytest
 import torch
 
@@ -93,3 +94,15 @@ def _full_precision_matmul():
 def device(request) -> str:
     """Runs the test on both devices."""
     return request.param
+
+
+@pytest.fixture(
+    params=[("cpu", 0)]
+    + [pytest.param(("cuda", arch), marks=pytest.mark.gpu) for arch in attention.FAMILIES],
+    ids=["cpu", *(f"cuda-sm{arch}" for arch in attention.FAMILIES)],
+)
+def sparse_device(request, monkeypatch) -> str:
+    """Runs the test on the CPU and on CUDA by each kernel family of block_sparse_attn."""
+    device, arch = request.param
+    monkeypatch.setattr(attention, "default_arch", arch)
+    return device

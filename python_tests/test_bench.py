@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import masks
-from bench.cases import Case, all_cases
+from bench import masks, runner
+from bench.cases import DENSITIES, Case, all_cases, newest_family
 from bench.problem import Problem, check, exact_row
 from bench.report import OURS
 from bench.runner import run_cases
@@ -32,11 +32,36 @@ def literal_visible(case: Case, i: int, j: int) -> bool:
     return any(token_visible(case, row, key) for row in rows for key in keys)
 
 
-def test_cases_have_unique_names_and_one_dense_row_per_length():
-    cases = all_cases()
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_cases_have_unique_names_and_one_dense_row_per_shape(family):
+    cases = all_cases(family)
     assert len({case.name for case in cases}) == len(cases)
-    dense = [case.rows_kv for case in cases if case.mask == "dense"]
-    assert dense == sorted({case.rows_kv for case in cases})
+    assert {case.arch for case in cases} == {"sm80", family}
+    mine = [case for case in cases if case.arch == family]
+    # The rate of a peer without masks is taken from the dense row of the same shape.
+    for case in mine:
+        like = {field: getattr(case, field) for field in ("rows_kv", "head_dim", "dtype", "causal")}
+        assert sum(dataclasses.replace(c, **like) == c for c in mine if c.mask == "dense") == 1
+
+
+def test_portable_cases_repeat_the_headline():
+    names = {case.name for case in all_cases("sm90")}
+    for block in ("64x64", "128x128"):
+        for density in DENSITIES:
+            same = f"-32k-{block}-random-d{density:g}"
+            assert {"sm80" + same, "sm90" + same} <= names
+    assert names >= {"sm90-128k-64x64-dense-d1", "sm90-8k-noncausal-64x64-dense-d1"}
+    assert names >= {"sm90-32k-hd64-64x64-random-d0.1", "sm90-32k-float16-64x64-random-d0.2"}
+
+
+def test_newest_family_has_kernels_for_the_very_gpu(tmp_path, monkeypatch):
+    table = tmp_path / "variants.json"
+    monkeypatch.setattr("bench.cases.VARIANTS", table)
+    table.write_text('{"kernels": [{"sm": 80}, {"sm": 90}]}')
+    assert newest_family((9, 0)) == "sm90"
+    assert {newest_family(c) for c in ((8, 0), (8, 9), (10, 0), (12, 0))} == {"sm80"}
+    table.write_text('{"kernels": [{"sm": 80}]}')
+    assert newest_family((9, 0)) == "sm80"
 
 
 # ---------------------------------------------------------------------------------------- masks
@@ -44,11 +69,11 @@ def test_cases_have_unique_names_and_one_dense_row_per_length():
 
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.2, 0.1, 0.01])
 @pytest.mark.parametrize("base", [SMALL, CHUNK], ids=["square", "chunk"])
-@pytest.mark.parametrize("kind", ["random", "kv_head"])
+@pytest.mark.parametrize("kind", ["random", "kv_head", "structured"])
 def test_mask_keeps_the_diagonal_and_the_asked_share(base, density, kind):
     case = dataclasses.replace(base, density=density, mask=kind)
     mask = masks.block_mask(case)
-    heads = case.heads_q if kind == "random" else case.heads_kv
+    heads = case.heads_kv if kind == "kv_head" else case.heads_q
     assert mask.shape == (1, heads, case.blocks_q, case.blocks_kv)
     for i in range(case.blocks_q):
         visible = [j for j in range(case.blocks_kv) if literal_visible(case, i, j)]
@@ -67,8 +92,20 @@ def test_mask_depends_on_seed_and_head_only():
     assert not torch.equal(mask, masks.block_mask(dataclasses.replace(SMALL, seed=1)))
 
 
+def test_structured_mask_has_window_sink_and_shared_stripes():
+    case = dataclasses.replace(SMALL, rows_q=4096, rows_kv=4096, mask="structured", density=0.25)
+    mask = masks.block_mask(case)
+    for i in range(32, 64):
+        assert mask[0, :, i, i - masks.WINDOW + 1 : i + 1].all() and mask[0, :, i, 0].all()
+    # Rows of a group differ in their windows and, as later rows keep more, in their last stripes.
+    stripes = mask[0, :, 32:64, : 32 - masks.WINDOW].unflatten(1, (-1, masks.NEIGHBOURS))
+    later_keep_all = stripes[:, :, :-1] <= stripes[:, :, 1:]
+    assert later_keep_all.float().mean() > 0.98
+    assert not torch.equal(stripes[:, 0], stripes[:, 1])
+
+
 def test_block_mask_refuses_dense():
-    with pytest.raises(ValueError, match="expected mask random or kv_head"):
+    with pytest.raises(ValueError, match="expected mask random, kv_head, structured"):
         masks.block_mask(dataclasses.replace(SMALL, mask="dense"))
 
 
@@ -227,6 +264,14 @@ def refuse(problem):
     raise RuntimeError("no kernel for this shape\nsecond line")
 
 
+TWO_MS = SimpleNamespace(
+    idle=lambda ms: None,
+    time_launches=lambda launch, warm, timed: [2.0] * timed,
+    host_ms=lambda launch, count: 0.125,
+    sm_mhz=lambda: None,
+)
+
+
 def test_a_failing_peer_costs_only_itself():
     case = dataclasses.replace(SMALL, heads_q=2, heads_kv=1, rows_q=256, rows_kv=256)
     peers = [
@@ -234,19 +279,18 @@ def test_a_failing_peer_costs_only_itself():
         peer("refuses", refuse),
         peer("wrong", lambda problem: lambda: torch.zeros_like(problem.q)),
         peer("absent", refuse, available="not installed"),
+        SimpleNamespace(NAME="broken", available=lambda: refuse(None)),
     ]
-    clock = SimpleNamespace(
-        idle=lambda ms: None,
-        time_launches=lambda launch, warm, timed: [2.0] * timed,
-        host_ms=lambda launch, count: 0.125,
-        sm_mhz=lambda: None,
-    )
     later = time.monotonic() + 60
-    results = run_cases([case], peers, clock, Schedule(rounds=1), later, lambda s: None, "cpu")
+    said = []
+    schedule = Schedule(rounds=1)
+    results = run_cases([case], "sm80", peers, TWO_MS, schedule, later, said.append, "cpu")
     (row,) = results.rows
     assert row["peers"] == {"good": 2.0} and OURS not in row["peers"]
+    assert len(said) == 1 and said[0].startswith(case.name)
     assert row["host_ms"] == 0.125 and row["peers_host"] == {"good": 0.125}
-    assert results.unavailable == {"absent": "not installed"}
+    broken = "RuntimeError: no kernel for this shape"
+    assert results.unavailable == {"absent": "not installed", "broken": broken}
     reasons = {key.split(": ")[1]: reason for key, reason in results.failures.items()}
     assert reasons["refuses"] == "RuntimeError: no kernel for this shape"
     assert reasons["wrong"].startswith("ValueError: wrong result")
@@ -257,7 +301,24 @@ def test_a_failing_peer_costs_only_itself():
     assert set(contract.split()) <= set(row)
 
 
+def test_a_case_of_another_family_is_forced_and_timed_alone():
+    case = dataclasses.replace(SMALL, heads_q=2, heads_kv=1, rows_q=256, rows_kv=256)
+    later = time.monotonic() + 60
+    peers = [peer("refuses", refuse)]
+    results = run_cases([case], "sm90", peers, TWO_MS, Schedule(rounds=1), later, print, "cpu")
+    assert results.failures == {} and results.rows[0]["peers"] == {}
+
+
+def test_a_row_of_the_default_family_must_be_what_the_default_call_runs(monkeypatch):
+    case = dataclasses.replace(SMALL, heads_q=2, heads_kv=1, rows_q=256, rows_kv=256)
+    exact = runner.ours_forced
+    monkeypatch.setattr(runner, "ours_forced", lambda p: lambda: exact(p)().nextafter(p.q))
+    later = time.monotonic() + 60
+    results = run_cases([case], "sm80", [], TWO_MS, Schedule(rounds=1), later, print, "cpu")
+    assert results.rows == [] and "gives other bits" in results.failures[case.name]
+
+
 def test_cases_past_the_deadline_are_named():
-    results = run_cases([SMALL], [], None, Schedule(), 0.0, lambda s: None, "cpu")
+    results = run_cases([SMALL], "sm80", [], None, Schedule(), 0.0, lambda s: None, "cpu")
     assert results.rows == []
     assert results.failures == {SMALL.name: "not measured: out of time"}

@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import figures, record, report
-from bench.cases import all_cases, case_of
+from bench import figures, launch, record, report, runner, timing
+from bench.cases import Case, all_cases, case_of
 from bench.checks import count_tests, sanitizer_errors
+from bench.runner import row_of
 from bench.source import source_files, source_hash
+from bench.timing import Timing
 from tools.check_dependencies import allowed
 from tools.check_kernels import offenders
 
@@ -70,35 +75,24 @@ def test_hash_sees_content_and_names(tree):
 # ------------------------------------------------------------------------------------- the record
 
 
-def row(mask="random", density=0.1, ms=2.0, block=(64, 64), rows_kv=32768, **peers):
-    return {
-        "op": "block_sparse_attn",
-        "arch": "sm80",
-        "batch": 1,
-        "heads_q": 32,
-        "heads_kv": 8,
-        "head_dim": 128,
-        "rows_q": rows_kv,
-        "rows_kv": rows_kv,
-        "dtype": "bfloat16",
-        "causal": True,
-        "block": list(block),
-        "density": density,
-        "mask": mask,
-        "ms": ms,
-        "ms_burst": 0.9 * ms,
-        "host_ms": 0.01,
-        "tflops": 400.0,
-        "peers": peers,
-        "peers_burst": peers,
-        "peers_host": dict.fromkeys(peers, 0.02),
-    }
+def row_of_case(case: Case, ms: float, **peers: float) -> dict:
+    timings = {"seer_cuda": Timing(ms, 0.9 * ms, 0.01, 0.01)}
+    timings |= {name: Timing(peer, peer, 0.01, 0.02) for name, peer in peers.items()}
+    return row_of(case, 400e9 * ms, timings)
+
+
+def row(mask="random", density=0.1, ms=2.0, block=(64, 64), arch="sm90", **peers):
+    case = Case(
+        arch=arch, rows_q=32768, rows_kv=32768, mask=mask, density=density, block=tuple(block)
+    )
+    return row_of_case(case, ms, **peers)
 
 
 @pytest.fixture
 def sample() -> dict:
     return {
         "gpu": "NVIDIA H200",
+        "family": "sm90",
         "driver": "580.1",
         "torch": "2.11.0+cu130",
         "cuda": "13.0",
@@ -109,6 +103,7 @@ def sample() -> dict:
             row("dense", 1.0, 20.0, sdpa_flash=24.0),
             row("random", 0.5, 10.0, flex=15.0, fa4=9.0),
             row("random", 0.1, 2.0, flex=5.0),
+            row("random", 0.1, 4.0, arch="sm80"),
             row("random", 0.1, 1.0, (128, 128), flex=5.0),
         ],
     }
@@ -125,8 +120,8 @@ def test_record_round_trip_and_place(sample, tmp_path):
 
 @pytest.fixture
 def complete(sample) -> dict:
-    rows = [row(c.mask, c.density, 2.0, c.block, c.rows_kv) for c in all_cases()]
-    return sample | {"rows": rows, "sanitizer": {"memcheck": 0}, "failures": {}}
+    rows = [row_of_case(case, 2.0) for case in all_cases("sm90")]
+    return sample | {"rows": rows, "sanitizer": {"memcheck": 0}, "failures": {}, "launch": {}}
 
 
 def judged(tmp_path: Path, *records: dict, source: str = "ab" * 32) -> tuple[bool, str]:
@@ -137,8 +132,8 @@ def judged(tmp_path: Path, *records: dict, source: str = "ab" * 32) -> tuple[boo
 
 
 def test_row_names_its_case():
-    for case in all_cases():
-        assert case_of(row(case.mask, case.density, 2.0, case.block, case.rows_kv)) == case
+    for case in all_cases("sm90"):
+        assert case_of(row_of_case(case, 2.0)) == case
 
 
 def test_check_answers_whether_the_record_is_current(complete, tmp_path):
@@ -151,7 +146,7 @@ def test_check_answers_whether_the_record_is_current(complete, tmp_path):
 
 
 def test_check_names_what_is_wrong_with_a_present_record(complete, tmp_path):
-    dense = all_cases()[0].name
+    dense = all_cases("sm90")[0].name
     changes = {
         "2 GPU tests failed (pytest exit status 3)": {
             "tests": {"passed": 1, "failed": 2, "skipped": 0, "note": "pytest exit status 3"}
@@ -164,6 +159,8 @@ def test_check_names_what_is_wrong_with_a_present_record(complete, tmp_path):
     for wanted, change in changes.items():
         sound, text = judged(tmp_path, complete | change)
         assert not sound and text.splitlines()[1:] == [f"  {wanted}"]
+    without = {key: value for key, value in complete.items() if key != "launch"}
+    assert "  launch: not measured" in judged(tmp_path, without)[1]
     sound, text = judged(tmp_path, complete | {"sanitizer": None})
     assert sound and "sanitizer: not run" in text
     # One sound record does not excuse another; records of other sources do not matter.
@@ -201,6 +198,37 @@ def test_exit_status(tests, sanitizer, missing, wanted):
     assert record.succeeded({"tests": tests, "sanitizer": sanitizer}, missing) is wanted
 
 
+def test_a_run_writes_what_it_measured_and_why_the_rest_is_missing(tmp_path, monkeypatch, capsys):
+    class Clock:
+        idle = sm_mhz = lambda self, *_: None
+
+        def time_launches(self, launch, warm, timed):
+            return [2.0] * timed
+
+        def host_ms(self, launch, count):
+            return 0.1
+
+    def no_graphs():
+        raise RuntimeError("no graphs here")
+
+    small = Case(heads_q=2, heads_kv=1, rows_q=128, rows_kv=128)
+    about = {"gpu": "none", "driver": None, "torch": "2", "family": "sm80"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(record, "environment", lambda: dict(about))
+    monkeypatch.setattr(record, "all_cases", lambda family: [small, Case(mask="unknown")])
+    monkeypatch.setattr(timing, "CudaClock", Clock)
+    monkeypatch.setattr(launch, "launch_costs", no_graphs)
+    on_cpu = functools.partial(runner.run_cases, device="cpu")
+    monkeypatch.setattr(runner, "run_cases", on_cpu)
+    path = tmp_path / "record.json"
+    assert record.main(["--no-tests", "--peers", "", "--output", str(path)]) == 1
+    written = json.loads(path.read_text())
+    assert [row["ms"] for row in written["rows"]] == [2.0] and "tests" not in written
+    assert written["failures"]["launch"] == "RuntimeError: no graphs here"
+    assert set(written["failures"]) == {"launch", Case(mask="unknown").name}
+    assert f"{small.name} " in capsys.readouterr().out
+
+
 def test_counts_of_junit_and_sanitizer_logs(tmp_path):
     junit = tmp_path / "junit.xml"
     junit.write_text(
@@ -220,33 +248,69 @@ def test_counts_of_junit_and_sanitizer_logs(tmp_path):
 def test_ratios(sample):
     rows = sample["rows"]
     assert report.flash_speedup(rows[2], rows) == pytest.approx(12.0)
+    assert report.flash_speedup(rows[3], rows) == pytest.approx(6.0)
+    assert report.flash_speedup(rows[2] | {"head_dim": 64}, rows) is None
     assert report.best_peer(rows[1]) == ("fa4", 9.0)
     assert report.peer_tflops(rows[2], "flex") == pytest.approx(160.0)
-    text = "\n".join(report.ratio_lines(rows))
-    assert "0.90x fa4" in text and "12.00x" in text
-    table = report.markdown_table(rows, 32768, (64, 64))
-    assert table[0].endswith("against FlashAttention-4 | against FlexAttention |")
-    assert table[-1] == "| 10% | 2.00 | 400 | 12.0x | not timed | 2.50x |"
+    line = report.row_line(rows[1])
+    assert line.startswith("sm90-32k-64x64-random-d0.5 ") and "  400.0   0.90x" in line
+    assert line.endswith("  fa4 444  flex 267")
+    assert report.row_line(rows[3]).endswith("-")
+
+
+def test_tables_show_families_and_peers_beside_each_other(sample):
+    table = report.sparse_table(sample["rows"], 32768, [(64, 64), (128, 128)])
+    ours = "seer_cuda (Hopper) | seer_cuda (portable) | FlashAttention-4 | FlexAttention"
+    assert table[0].startswith(f"| blocks | kept | {ours} | against the best peer |")
+    assert table[2:] == [
+        "| 64x64 | 50% | 400 | - | 444 | 267 | 0.90x | 2.4x |",
+        "| 64x64 | 10% | 400 | 400 | - | 160 | 2.50x | 12.0x |",
+        "| 128x128 | 10% | 400 | - | - | 80 | 5.00x | 24.0x |",
+    ]
+    assert report.dense_table(sample["rows"])[2:] == ["| 32k, causal | 400 | 333 | 1.20x |"]
+
+
+def test_tables_leave_out_what_is_not_the_headline(sample):
+    other = Case(arch="sm90", rows_q=32768, rows_kv=32768, density=0.1)
+    changes = {"head_dim": 64, "dtype": "float16", "mask": "structured", "rows_kv": 8192}
+    table = report.sparse_table(sample["rows"], 32768, [(64, 64)])
+    for field, value in changes.items():
+        row = row_of_case(dataclasses.replace(other, **{field: value}), 1.0)
+        assert report.sparse_table([row, *sample["rows"]], 32768, [(64, 64)]) == table
 
 
 def test_host_bound_times_are_marked(sample):
-    assert "host-bound" not in "\n".join(report.ratio_lines(sample["rows"]))
     slow = sample["rows"][2]
+    assert "host-bound" not in report.row_line(slow)
     slow["peers_host"]["flex"] = 4.75  # of 5 ms
     assert report.host_bound(slow) == ["flex"]
-    assert "host-bound: flex" in report.ratio_lines(sample["rows"])[4]
-    assert report.markdown_table(sample["rows"], 32768, (64, 64))[-1].endswith(r"| 2.50x\* |")
+    assert "host-bound: flex" in report.row_line(slow)
+    assert r"| 64x64 | 10% | 400 | 400 | - | 160\* | 2.50x\* |" in figures.speed_section(sample)
     assert r"\* host-bound" in figures.speed_section(sample)
     slow["host_ms"] = slow["ms"]
     assert report.host_bound(slow) == ["flex", "seer_cuda"]
-    assert r"| 10% | 2.00\* | 400\* |" in figures.speed_section(sample)
+    assert r"| 10% | 400\* | 400 |" in figures.speed_section(sample)
+
+
+def test_launch_costs_are_told():
+    cost = {"call_us": 20.0, "kernel_us": 8.0, "overhead_us": 12.0, "host_us": 7, "stream_us": 9.0}
+    (line,) = report.launch_lines({"tiny": cost})
+    assert "tiny" in line and "20.0 from the call to completion = kernel 8.0 + 12.0" in line
 
 
 def test_series_give_dense_peers_their_dense_rate(sample):
     lines = figures.series(sample["rows"], (64, 64))
-    assert lines["seer_cuda"] == [(0.5, 400.0), (0.1, 400.0)]
-    assert lines["sdpa_flash"][0][1] == pytest.approx(400 * 20 / 24)
+    assert lines["sm90"] == [(0.5, 400.0), (0.1, 400.0)] and lines["sm80"] == [(0.1, 400.0)]
+    assert list(lines)[:2] == ["sm90", "sm80"]
+    assert lines["sdpa_flash"] == [(0.5, pytest.approx(1000 / 3)), (0.1, pytest.approx(1000 / 3))]
     assert lines["fa4"] == [(0.5, pytest.approx(400 / 0.9))]
+
+
+def test_labels_keep_their_distance_and_their_place():
+    heights = figures._label_heights({"a": 10.0, "b": 11.0, "c": 50.0}, gap=5.0)
+    assert heights == {"a": 8.0, "b": 13.0, "c": 50.0}
+    heights = figures._label_heights({name: 20.0 for name in "abc"}, gap=5.0)
+    assert sorted(heights.values()) == [15.0, 20.0, 25.0]
 
 
 VARIANTS = [
@@ -263,7 +327,7 @@ def test_generated_readme_is_stable_and_complete(sample):
     )
     text = figures.generated_readme(bare, sample, VARIANTS)
     assert figures.generated_readme(text, sample, VARIANTS) == text
-    assert "| 10% | 2.00 | 400 |" in text
+    assert "| 64x64 | 10% | 400 | 400 |" in text
     compiled = "compute capability 8.0 and newer | bfloat16, float16 | 128 | 64, 128 | 64, 128"
     assert compiled in text
     assert "| `attn_pool` | torch operations, no kernel yet" in text
@@ -317,7 +381,8 @@ def test_include_rules(folder, header, quoted, fine):
     assert (allowed(folder, header, quoted) == "") is fine
 
 
-def test_spills_are_offences():
-    clean = {"name": "a", "spill_stores": 0, "spill_loads": 0, "stack": 0}
+def test_spills_and_slow_code_are_offences():
+    clean = {"name": "a", "spill_stores": 0, "spill_loads": 0, "stack": 0, "losses": []}
     assert offenders([clean]) == []
-    assert len(offenders([clean | {"stack": 8}, clean | {"spill_loads": 4}])) == 2
+    bad = [{"stack": 8}, {"spill_loads": 4}, {"losses": ["wgmma instructions are serialized"]}]
+    assert len(offenders([clean | fault for fault in bad])) == 3

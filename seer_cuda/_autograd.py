@@ -65,8 +65,17 @@ def _below_autograd(op: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         return op(*args, **kwargs)
 
 
-def _needs_graph(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _needs_graph(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def may_skip_autograd(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a call may start below the Autograd key: no gradient, no tracing, no transform."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or _needs_graph(q, k, v)
+    )
 
 
 class _AttnPool(torch.autograd.Function):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print the compiler's report on every kernel and refuse spills and local memory.
+"""Print the compiler's report on every kernel; refuse spills, local memory and slow code.
 
     python tools/check_kernels.py [ptxas.json]      default: the newest of build/*/ptxas.json
 
@@ -16,12 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def offenders(kernels: list[dict]) -> list[dict]:
-    """Kernels that spill registers or use a stack frame."""
-    return [k for k in kernels if k["spill_stores"] or k["spill_loads"] or k["stack"]]
+    """Kernels that spill registers, use a stack frame, or lose performance in ptxas's own words."""
+    faults = ("spill_stores", "spill_loads", "stack", "losses")
+    return [kernel for kernel in kernels if any(kernel[fault] for fault in faults)]
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 1 if a kernel uses local memory."""
+    """Exit status 1 if a kernel is refused."""
     reports = (
         [Path(argv[0])]
         if argv
@@ -40,7 +41,8 @@ def main(argv: list[str]) -> int:
         )
     bad = offenders(kernels)
     for kernel in bad:
-        print(f"refused: {kernel['name']} ({kernel['arch']}) uses local memory")
+        why = "; ".join(kernel["losses"]) or "uses local memory"
+        print(f"refused: {kernel['name']} ({kernel['arch']}): {why}")
     return 1 if bad else 0
 
 

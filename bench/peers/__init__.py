@@ -14,9 +14,22 @@ made in build().
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from types import ModuleType
 
 import torch
+
+from bench.cases import Case
+
+# Cases by name to which a peer is limited; others are timed wherever they can. It keeps the record
+# short: these are far behind others that know the same work, or compile anew for a kind of case.
+LIMITED_TO = {
+    "sdpa_flash": ("*-8k-64x64-dense-*", "*-32k-64x64-dense-*"),
+    "sdpa_cudnn": ("*-8k-*", "*-32k-*"),
+    "fa4": ("*k-64x64-dense-*", "*k-64x64-random-*", "*k-128x128-*", "*-noncausal-*", "*-hd64-*"),
+    "flex": ("*-32k-64x64-random-*", "*-32k-128x128-random-*"),
+    "cudnn_frontend": ("*k-64x64-*", "*-hd64-*"),
+}
 
 
 def all_peers() -> list[ModuleType]:
@@ -24,6 +37,11 @@ def all_peers() -> list[ModuleType]:
     from bench.peers import cudnn_frontend, fa3, fa4, flex, sdpa_cudnn, sdpa_flash
 
     return [sdpa_flash, sdpa_cudnn, fa3, fa4, flex, cudnn_frontend]
+
+
+def worth_timing(peer: str, case: Case) -> bool:
+    """Whether a peer is timed in a case that it supports (LIMITED_TO)."""
+    return any(fnmatch(case.name, names) for names in LIMITED_TO.get(peer, ("*",)))
 
 
 def kept_lists(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

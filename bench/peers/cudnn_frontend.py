@@ -49,7 +49,7 @@ def build(problem: Problem) -> Callable:
     block = problem.case.block[0]
 
     def launch() -> torch.Tensor:
-        out = forward(
+        return forward(
             problem.q,
             problem.k,
             problem.v,
@@ -57,7 +57,6 @@ def build(problem: Problem) -> Callable:
             q2k_block_nums=counts,
             sparse_block_size=block,
             layout="bshd",
-        )
-        return out[0] if isinstance(out, tuple) else out
+        )["o_tensor"]
 
     return launch

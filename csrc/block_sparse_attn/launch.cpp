@@ -111,6 +111,15 @@ Status check(const BlockSparseAttnParams& p) {
   return {};
 }
 
+Status check_workspace(const BlockSparseAttnVariant& variant, const int32_t* workspace) {
+  if (variant.sm != 90) return {};
+  const auto address = reinterpret_cast<uintptr_t>(workspace);
+  if (workspace != nullptr && address % alignof(int32_t) == 0) return {};
+  return Status::invalid("workspace: expected " + std::to_string(kBlockSparseAttnWorkspaceBytes) +
+                         " bytes of device memory aligned to 4 bytes, got address " +
+                         std::to_string(address) + ". Allocate it beside lse.");
+}
+
 Status device_sm(int* sm) {
   int device = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -156,6 +165,9 @@ Status launch_block_sparse_attn(const BlockSparseAttnParams& params, CUstream_st
   if (grid > kMaxGrid) {
     return Status::unsupported("q: expected batch * heads * query blocks below 2^31, got " +
                                std::to_string(grid) + ". Split the batch.");
+  }
+  if (grid > 0) {
+    if (Status status = check_workspace(variant, params.workspace); !status.ok()) return status;
   }
   if (params.cu_seqlens_q != nullptr) {
     if (Status status = fill_uncovered_rows(fill_params(params), stream); !status.ok()) {

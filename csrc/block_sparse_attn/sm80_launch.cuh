@@ -4,11 +4,11 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstdint>
 
 #include "block_sparse_attn/sm80_kernel.cuh"
 #include "block_sparse_attn/variant.h"
+#include "common/shared_memory_limit.cuh"
 
 namespace seer {
 
@@ -60,31 +60,15 @@ inline Sm80Params to_sm80_params(const BlockSparseAttnParams& params) {
   return p;
 }
 
-// Raises the shared-memory limit of a kernel, once per device. Threads that race do it twice, which
-// is harmless.
-template <class Traits>
-cudaError_t prepare_sm80_kernel() {
-  static std::atomic<uint64_t> prepared{0};  // bit d: done on device d
-  int device = 0;
-  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  if (device < 64 && (prepared.load(std::memory_order_acquire) & bit) != 0) return cudaSuccess;
-  const auto kernel = &dev::block_sparse_attn_sm80<Traits>;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSmemBytes);
-  if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                               cudaSharedmemCarveoutMaxShared);
-  if (error == cudaSuccess) prepared.fetch_or(bit, std::memory_order_release);
-  return error;
-}
-
 template <class Traits>
 cudaError_t launch_sm80(const BlockSparseAttnParams& params, cudaStream_t stream) {
-  if (cudaError_t error = prepare_sm80_kernel<Traits>(); error != cudaSuccess) return error;
+  constexpr auto kKernel = &dev::block_sparse_attn_sm80<Traits>;
+  if (cudaError_t error = allow_shared_memory<kKernel>(Traits::kSmemBytes); error != cudaSuccess) {
+    return error;
+  }
   const Sm80Params p = to_sm80_params(params);
   const auto grid = static_cast<unsigned>(int64_t{params.batch} * params.heads_q * p.tiles_q);
-  dev::block_sparse_attn_sm80<Traits><<<grid, Traits::kThreads, Traits::kSmemBytes, stream>>>(p);
+  kKernel<<<grid, Traits::kThreads, Traits::kSmemBytes, stream>>>(p);
   return cudaGetLastError();
 }
 

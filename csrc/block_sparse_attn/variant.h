@@ -2,7 +2,7 @@
 // What names a compiled block_sparse_attn kernel, and the function each generated source defines.
 //
 // csrc/variants.json is the one list of kernels. The build turns a row of it into a source (from
-// sm80_variant.cu.in) that instantiates launch_variant, and into a line of the table that
+// the template of its family) that instantiates launch_variant, and into a line of the table that
 // variants.cpp and launch.cpp read.
 #pragma once
 

@@ -129,10 +129,10 @@ void check_block_bits(const Op& op, const Tensor& block_bits, const AttentionArg
   op.unit_last_stride("block_bits", block_bits);
 }
 
-Tensor empty_lse(const AttentionArgs& args) {
+Tensor empty_lse(const AttentionArgs& args, int64_t tail) {
   const Tensor& q = args.q;
-  if (args.varlen()) return empty({q.size(1), q.size(0)}, ScalarType::Float, q);
-  return empty({q.size(0), q.size(2), q.size(1)}, ScalarType::Float, q);
+  if (args.varlen()) return empty({q.size(1), q.size(0)}, ScalarType::Float, q, tail);
+  return empty({q.size(0), q.size(2), q.size(1)}, ScalarType::Float, q, tail);
 }
 
 Tensor empty_out(const AttentionArgs& args) {

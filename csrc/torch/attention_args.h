@@ -65,8 +65,8 @@ Params attention_params(const Op& op, const AttentionArgs& args, const Tensor& o
   return params;
 }
 
-// lse [batch, heads_q, rows_q], varlen [heads_q, total_q]
-Tensor empty_lse(const AttentionArgs& args);
+// lse [batch, heads_q, rows_q], varlen [heads_q, total_q]; `tail` more floats lie behind it
+Tensor empty_lse(const AttentionArgs& args, int64_t tail = 0);
 // out: q's shape and dtype, contiguous
 Tensor empty_out(const AttentionArgs& args);
 

@@ -25,6 +25,34 @@ BlockBitsView block_bits_view(const Tensor& bits) {
 
 }  // namespace
 
+std::tuple<Tensor, Tensor> block_sparse_attn_on(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& block_bits,
+    int64_t block_q, int64_t block_kv, bool causal, std::optional<double> scale,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_kv,
+    int64_t max_rows_q, int64_t max_rows_kv, int64_t arch) {
+  const AttentionArgs args{
+      q,          k,          v, block_q, block_kv, causal, scale, cu_seqlens_q, cu_seqlens_kv,
+      max_rows_q, max_rows_kv};
+  check_attention(kOp, args);
+  if (block_bits) check_block_bits(kOp, *block_bits, args);
+
+  // On CUDA the kernel's workspace lies behind lse, in the same allocation.
+  constexpr int64_t kTail = kBlockSparseAttnWorkspaceBytes / int64_t{sizeof(float)};
+  const bool cuda = q.is_cuda();
+  Tensor out = empty_out(args), lse = empty_lse(args, cuda ? kTail : 0);
+  auto params = attention_params<BlockSparseAttnParams>(kOp, args, out, lse);
+  if (block_bits) params.block_bits = block_bits_view(*block_bits);
+  if (cuda) {
+    params.arch = static_cast<int>(arch);
+    params.workspace = reinterpret_cast<int32_t*>(params.lse + lse.numel());
+    CudaScope scope(q);
+    kOp.ok(launch_block_sparse_attn(params, scope.stream()));
+  } else {
+    kOp.ok(block_sparse_attn_cpu(params, torch_parallel_for()));
+  }
+  return {out, lse};
+}
+
 std::tuple<Tensor, Tensor> block_sparse_attn(const Tensor& q, const Tensor& k, const Tensor& v,
                                              const std::optional<Tensor>& block_bits,
                                              int64_t block_q, int64_t block_kv, bool causal,
@@ -32,22 +60,8 @@ std::tuple<Tensor, Tensor> block_sparse_attn(const Tensor& q, const Tensor& k, c
                                              const std::optional<Tensor>& cu_seqlens_q,
                                              const std::optional<Tensor>& cu_seqlens_kv,
                                              int64_t max_rows_q, int64_t max_rows_kv) {
-  const AttentionArgs args{
-      q,          k,          v, block_q, block_kv, causal, scale, cu_seqlens_q, cu_seqlens_kv,
-      max_rows_q, max_rows_kv};
-  check_attention(kOp, args);
-  if (block_bits) check_block_bits(kOp, *block_bits, args);
-
-  Tensor out = empty_out(args), lse = empty_lse(args);
-  auto params = attention_params<BlockSparseAttnParams>(kOp, args, out, lse);
-  if (block_bits) params.block_bits = block_bits_view(*block_bits);
-  if (q.is_cuda()) {
-    CudaScope cuda(q);
-    kOp.ok(launch_block_sparse_attn(params, cuda.stream()));
-  } else {
-    kOp.ok(block_sparse_attn_cpu(params, torch_parallel_for()));
-  }
-  return {out, lse};
+  return block_sparse_attn_on(q, k, v, block_bits, block_q, block_kv, causal, scale, cu_seqlens_q,
+                              cu_seqlens_kv, max_rows_q, max_rows_kv, 0);
 }
 
 }  // namespace seer::binding

@@ -10,6 +10,9 @@
 #define SEER_VARLEN_TAIL                                                         \
   "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_kv=None, SymInt max_rows_q=0, " \
   "SymInt max_rows_kv=0"
+#define SEER_SPARSE_TAIL SEER_ATTN_TAIL ", " SEER_VARLEN_TAIL
+#define SEER_SPARSE_ARGS \
+  "(Tensor q, Tensor k, Tensor v, Tensor? block_bits=None, *, " SEER_SPARSE_TAIL
 #define SEER_ATTN_POOL_ARGS                                                                       \
   "(Tensor q, Tensor k, Tensor v, *, " SEER_ATTN_TAIL ", bool per_token=False, " SEER_VARLEN_TAIL \
   ")"
@@ -24,9 +27,7 @@
 
 STABLE_TORCH_LIBRARY(seer, m) {
   // Attention over the kept blocks; block_bits None keeps every block.
-  m.def(
-      "block_sparse_attn(Tensor q, Tensor k, Tensor v, Tensor? block_bits=None, *, " SEER_ATTN_TAIL
-      ", " SEER_VARLEN_TAIL ") -> (Tensor out, Tensor lse)");
+  m.def("block_sparse_attn" SEER_SPARSE_ARGS ") -> (Tensor out, Tensor lse)");
   // Dense attention and the block maxima of its softmax probabilities, in one pass.
   m.def("attn_pool" SEER_ATTN_POOL_ARGS " -> (Tensor out, Tensor lse, Tensor pooled)");
   // Block pooling (pools: bit set of 1 max, 2 min, 4 avg), per-head projection, RoPE.
@@ -40,6 +41,8 @@ STABLE_TORCH_LIBRARY(seer, m) {
   m.def("unpack_block_bits(Tensor block_bits, SymInt blocks_kv) -> Tensor");
   // int32 lists [..., capacity] with counts [...] -> block bits.
   m.def("block_bits_from_indices(Tensor indices, Tensor counts, SymInt blocks_kv) -> Tensor");
+  // For tests and benchmarks: by the kernels of one family alone (80 or 90; 0: as above).
+  m.def("_block_sparse_attn_on" SEER_SPARSE_ARGS ", int arch=0) -> (Tensor out, Tensor lse)");
   // The checks of the ops whose CUDA implementation is registered from Python.
   m.def("_check_attn_pool" SEER_ATTN_POOL_ARGS " -> ()");
   m.def("_check_pool_gate" SEER_POOL_GATE_ARGS " -> ()");
@@ -49,6 +52,7 @@ STABLE_TORCH_LIBRARY(seer, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(seer, CPU, m) {
   m.impl("block_sparse_attn", TORCH_BOX(&seer::binding::block_sparse_attn));
+  m.impl("_block_sparse_attn_on", TORCH_BOX(&seer::binding::block_sparse_attn_on));
   m.impl("attn_pool", TORCH_BOX(&seer::binding::attn_pool_cpu_op));
   m.impl("pool_gate", TORCH_BOX(&seer::binding::pool_gate_cpu_op));
   m.impl("gate_scores", TORCH_BOX(&seer::binding::gate_scores_cpu_op));
@@ -60,6 +64,7 @@ STABLE_TORCH_LIBRARY_IMPL(seer, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(seer, CUDA, m) {
   m.impl("block_sparse_attn", TORCH_BOX(&seer::binding::block_sparse_attn));
+  m.impl("_block_sparse_attn_on", TORCH_BOX(&seer::binding::block_sparse_attn_on));
   m.impl("pack_block_bits", TORCH_BOX(&seer::binding::pack_block_bits));
   m.impl("unpack_block_bits", TORCH_BOX(&seer::binding::unpack_block_bits));
   m.impl("block_bits_from_indices", TORCH_BOX(&seer::binding::block_bits_from_indices));

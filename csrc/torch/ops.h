@@ -20,6 +20,11 @@ std::tuple<Tensor, Tensor> block_sparse_attn(const Tensor& q, const Tensor& k, c
                                              const std::optional<Tensor>& cu_seqlens_q,
                                              const std::optional<Tensor>& cu_seqlens_kv,
                                              int64_t max_rows_q, int64_t max_rows_kv);
+std::tuple<Tensor, Tensor> block_sparse_attn_on(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& block_bits,
+    int64_t block_q, int64_t block_kv, bool causal, std::optional<double> scale,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_kv,
+    int64_t max_rows_q, int64_t max_rows_kv, int64_t arch);
 Tensor pack_block_bits(const Tensor& mask);
 Tensor unpack_block_bits(const Tensor& block_bits, int64_t blocks_kv);
 Tensor block_bits_from_indices(const Tensor& indices, const Tensor& counts, int64_t blocks_kv);

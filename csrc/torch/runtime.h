@@ -29,22 +29,34 @@ struct CUstream_st;
 
 namespace seer::binding {
 
-// Contiguous tensor on like's device. aoti_torch_empty_strided is the cheapest allocator of the
-// stable ABI (2.6 us a call against 5.5 for the empty_like op).
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+// Contiguous tensor on like's device, `tail` more elements in the same allocation behind it.
+// aoti_torch_empty_strided is the cheapest allocator of the stable ABI (2.6 us a call against 5.5
+// for the empty_like op).
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like,
+                    int64_t tail = 0) {
   constexpr int kMaxRank = 5;
   int64_t shape[kMaxRank], strides[kMaxRank];
   int rank = 0;
   for (int64_t size : sizes) shape[rank++] = size;
-  int64_t stride = 1;
+  int64_t stride = 1, elements = 1;
   for (int d = rank - 1; d >= 0; --d) {
     strides[d] = stride;
     stride *= shape[d] > 0 ? shape[d] : 1;
+    elements *= shape[d];
   }
+  const auto allocate = [&](int dims, const int64_t* extents, const int64_t* steps) {
+    AtenTensorHandle handle = nullptr;
+    SEER_TORCH_CHECK(aoti_torch_empty_strided(
+        dims, extents, steps,
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+        static_cast<int32_t>(like.device().type()), like.device().index(), &handle));
+    return Tensor(handle);
+  };
+  if (tail == 0) return allocate(rank, shape, strides);
+  const int64_t room = elements + tail, unit = 1;
   AtenTensorHandle handle = nullptr;
-  SEER_TORCH_CHECK(aoti_torch_empty_strided(
-      rank, shape, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      static_cast<int32_t>(like.device().type()), like.device().index(), &handle));
+  SEER_TORCH_CHECK(aoti_torch__reinterpret_tensor(allocate(1, &room, &unit).get(), rank, shape,
+                                                  strides, 0, &handle));
   return Tensor(handle);
 }
 

@@ -20,6 +20,9 @@ struct CUstream_st;
 
 namespace seer {
 
+// Size of BlockSparseAttnParams::workspace.
+constexpr int64_t kBlockSparseAttnWorkspaceBytes = 16;
+
 struct BlockSparseAttnParams {
   // Problem. With cu_seqlens, rows_* are the longest lengths (max_rows_*), total_* the packed rows.
   DType dtype = DType::kBFloat16;
@@ -46,15 +49,21 @@ struct BlockSparseAttnParams {
   float* lse = nullptr;
   int64_t lse_batch_stride = 0;
   int64_t lse_head_stride = 0;
+  // Which kernel family serves the call: 0 the newest that can, else 80 (portable) or 90 (Hopper).
+  int arch = 0;
+  // kBlockSparseAttnWorkspaceBytes of device memory with any content, aligned to 4 bytes: the
+  // launch's own until its kernel is done. Family 90 needs it, and it zeroes it on the stream.
+  int32_t* workspace = nullptr;
 };
 
 // One compiled CUDA kernel: a row of csrc/variants.json.
 struct BlockSparseAttnVariant {
   const char* name;  // e.g. "block_sparse_attn_sm80_bf16_d128_q64"
-  int sm;            // 80: mma.sync, runs on every GPU from compute capability 8.0 on
+  int sm;            // kernel family. 80: mma.sync, runs on every GPU from compute capability 8.0
+                     // on; 90: TMA and wgmma, runs on compute capability 9.0 alone
   DType dtype;
   int head_dim;
-  int block_q;  // query block = rows of a tile
+  int block_q;
   int tile_kv;  // KV rows of one step; block_kv is any multiple of it up to 128
   int threads;
   int smem_bytes;
@@ -64,7 +73,8 @@ struct BlockSparseAttnVariant {
 const std::vector<BlockSparseAttnVariant>& block_sparse_attn_variants();
 
 // Index into the table of the variant that serves these params on a device of compute capability
-// `sm` (e.g. 90), or -1 with a reason that names the nearest rows.
+// `sm` (e.g. 90), of the family params.arch if that is not 0; or -1 with a reason that names the
+// nearest rows.
 int find_block_sparse_attn_variant(const BlockSparseAttnParams& params, int sm,
                                    std::string* why_not);
 

@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+// A consumer warpgroup of the Hopper kernel: 64 query rows of one head, over the KV tiles it owns.
+//
+//   per tile of its own   S(n+1) = Q K(n+1)^T  is issued, then  out += P(n) V(n);
+//                         while the tensor core works on the second, the softmax of S(n+1) runs.
+//
+// It waits for its own loads only, each on a barrier of the load's owner set. One rule keeps the
+// rings free of deadlock: while it holds the stage of V(n), a consumer waits for K(n+1) only if that
+// lies at most kMaxGap entries further down the same page; otherwise it finishes V(n) first
+// (docs/block_sparse_attn_hopper.md has the proof).
+#pragma once
+
+#include <cstdint>
+
+#include "block_sparse_attn/sm90_softmax.cuh"
+#include "block_sparse_attn/sm90_stream.cuh"
+#include "block_sparse_attn/sm90_tiles.cuh"
+#include "common/mma_sm80.cuh"
+#include "common/wgmma.cuh"
+
+namespace seer::dev {
+
+// Counts loads per owner set, modulo 16, as SetCounters does, 32 entries at a time.
+class ChunkCounters {
+ public:
+  __device__ __forceinline__ int of(int owners) const {
+    return static_cast<int>((owners < 4 ? low : high) >> (8 * (owners & 3)) & 15);
+  }
+  // Adds one for the lane's owner set, for all lanes.
+  __device__ __forceinline__ void add(int owners) {
+    const uint32_t one = 1u << (8 * (owners & 3));
+    low = (low + __reduce_add_sync(kFullWarp, owners < 4 ? one : 0)) & 0x0f0f0f0fu;
+    high = (high + __reduce_add_sync(kFullWarp, owners < 4 ? 0 : one)) & 0x0f0f0f0fu;
+  }
+
+ private:
+  uint32_t low = 0, high = 0;  // a byte per set: 0 (none) to 3, 4 to 7
+};
+
+template <class Traits>
+class Consumer {
+  using Element = typename Traits::Element;
+  static constexpr int kSteps = Traits::kHeadDim / 16;  // k-steps of Q K^T
+  static constexpr bool kQInRegisters = Traits::kQRegisterSteps == kSteps;
+  // Any bound up to kStagesK + kStagesV is free of deadlock; further away than the ring of K
+  // reaches, looking ahead would only wait.
+  static constexpr int kMaxGap = Traits::kStagesK;
+
+ public:
+  __device__ __forceinline__ Consumer(const Sm90Params& params, SmemAddress shared, int consumer_)
+      : p(params), base(shared), reader(shared), consumer(consumer_) {}
+
+  __device__ __forceinline__ void run() {
+    for (;;) {
+      reader.wait();
+      if (reader.page().entries < 0) break;
+      if (reader.page().flags & Sm90Page::kFirst) begin_unit();
+      walk_page();
+      if (reader.page().flags & Sm90Page::kLast) {
+        end_unit();
+      } else {
+        reader.release();
+      }
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+  // First of the lane's two rows of the unit; the other is 8 further.
+  static __device__ __forceinline__ int lane_row() {
+    return threadIdx.x % 128 / 32 * 16 + lane() / 4;
+  }
+  __device__ __forceinline__ void arrive(SmemAddress barrier) const {
+    if (lane() == 0) mbarrier_arrive(barrier);
+  }
+
+  __device__ __forceinline__ void begin_unit() {
+    const Sm90Page& page = reader.page();
+    const Sm90Unit& unit = page.units[consumer];
+    if (unit.first_row < 0) return;
+    first_masked = unit.first_masked;
+    softmax.begin(page.flags & Sm90Page::kCareful);
+#pragma unroll
+    for (float& x : out) x = 0.0f;
+
+    mbarrier_wait(base + Traits::kFullQ + 8 * consumer, q_phase);
+    q_phase ^= 1;
+    const int thread = thread_id();
+    const int row = thread % 128 / 32 * 16 + thread % 16;
+    const SmemAddress q_row = smem_q() + row * 128;
+#pragma unroll
+    for (int step = 0; step < Traits::kQRegisterSteps; ++step) {
+      const int chunk = 2 * step % 8 + thread % 32 / 16;
+      ldmatrix_x4(q[step], q_row + step / 4 * Traits::kPanelBytes + ((chunk ^ row % 8) << 4));
+    }
+    if constexpr (kQInRegisters) release_q();
+  }
+  __device__ __forceinline__ SmemAddress smem_q() const {
+    return base + Traits::kSmemQ + consumer * Traits::kStageBytes;
+  }
+  // Lets the rows of the next unit come.
+  __device__ __forceinline__ void release_q() {
+    fence_async_proxy();  // ldmatrix read what the copy engine overwrites next
+    __syncwarp();
+    arrive(base + Traits::kEmptyQ + 8 * consumer);
+  }
+
+  // A load that the consumer owns, in one word: where it lies and when it is there.
+  struct Load {
+    uint32_t word = 0;
+
+    __device__ __forceinline__ int barrier() const { return 8 * (word & 63); }  // in a set of them
+    __device__ __forceinline__ uint32_t parity() const { return word >> 6 & 1; }
+    __device__ __forceinline__ bool masked() const { return word >> 7 & 1; }
+    __device__ __forceinline__ int stage_k() const { return word >> 8 & 15; }
+    __device__ __forceinline__ int stage_v() const { return word >> 12 & 15; }
+    __device__ __forceinline__ int position() const { return word >> 16; }  // in the page
+  };
+
+  // Takes the next 32 entries of the page, one per lane, and works out each one's Load.
+  __device__ __forceinline__ void read_chunk() {
+    chunk += 32;
+    const int position = chunk + lane();
+    const uint32_t entry = reader.entry(position, entries);
+    const int owners = entry_owners(entry);
+    own = __ballot_sync(kFullWarp, owners >> consumer & 1);
+    const unsigned same = __match_any_sync(kFullWarp, owners);
+    const int count = counters.of(owners) + __popc(same & ((1u << lane()) - 1));
+    counters.add(owners);
+    const int slot = first_slot + position;
+    load_word = barrier_index(owners, count) | (count & 8) << 3 |
+                (entry_tile(entry) >= first_masked) << 7 | slot % Traits::kStagesK << 8 |
+                slot % Traits::kStagesV << 12 | position << 16;
+  }
+
+  // The consumer's next load of the page, or false.
+  __device__ __forceinline__ bool next_load(Load& load) {
+    while (own == 0) {
+      if (chunk + 32 >= entries) return false;
+      read_chunk();
+    }
+    load.word = __shfl_sync(kFullWarp, load_word, __ffs(own) - 1);
+    own &= own - 1;
+    return true;
+  }
+
+  __device__ __forceinline__ void walk_page() {
+    entries = reader.page().entries;
+    first_slot = reader.page().first_slot;
+    chunk = -32;
+    own = 0;
+    const bool frees_q = !kQInRegisters && (reader.page().flags & Sm90Page::kLast);
+    Load load, next;
+    bool more = next_load(load);
+    if (!more && frees_q && reader.page().units[consumer].first_row >= 0) release_q();
+    while (more) {
+      // The first load of a run: nothing to overlap it with.
+      mbarrier_wait(base + Traits::kFullK + load.barrier(), load.parity());
+      issue_scores(load);
+      more = next_load(next);
+      cute::warpgroup_wait<0>();
+      pin(scores);
+      arrive(base + Traits::kEmptyK + 8 * load.stage_k());
+      make_weights(load);
+      while (more && next.position() - load.position() <= kMaxGap) {
+        mbarrier_wait(base + Traits::kFullK + next.barrier(), next.parity());
+        issue_scores(next);
+        mbarrier_wait(base + Traits::kFullV + load.barrier(), load.parity());
+        issue_values(load);
+        Load later;
+        more = next_load(later);  // in the shadow of the products
+        cute::warpgroup_wait<1>();
+        pin(scores);
+        arrive(base + Traits::kEmptyK + 8 * next.stage_k());
+        make_weights(next, base + Traits::kEmptyV + 8 * load.stage_v());
+        load = next;
+        next = later;
+      }
+      if (!more && frees_q) release_q();
+      mbarrier_wait(base + Traits::kFullV + load.barrier(), load.parity());
+      issue_values(load);
+      cute::warpgroup_wait<0>();
+      pin(out);
+      arrive(base + Traits::kEmptyV + 8 * load.stage_v());
+      load = next;
+    }
+  }
+
+  __device__ __forceinline__ void issue_scores(const Load& load) {
+    const uint64_t k =
+        smem_descriptor(kAlongRows, base + Traits::kSmemK + load.stage_k() * Traits::kStageBytes);
+    const uint64_t q_smem = smem_descriptor(kAlongRows, smem_q());
+    pin(scores);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const uint64_t offset = (step / 4 * Traits::kPanelBytes + step % 4 * 32) / 16;
+      if (step < Traits::kQRegisterSteps) {
+        wgmma_scores<Element>(scores, q[step < Traits::kQRegisterSteps ? step : 0], k + offset,
+                              step != 0);
+      } else {
+        wgmma_scores<Element>(scores, q_smem + offset, k + offset, step != 0);
+      }
+    }
+    cute::warpgroup_commit_batch();
+  }
+
+  __device__ __forceinline__ void issue_values(const Load& load) {
+    const uint64_t v =
+        smem_descriptor(down_rows(Traits::kPanelBytes),
+                        base + Traits::kSmemV + load.stage_v() * Traits::kStageBytes);
+    pin(out);
+    pin(weights);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      wgmma_values<Element>(out, &weights[4 * step], v + step * (16 * 128 / 16));
+    }
+    cute::warpgroup_commit_batch();
+  }
+
+  // Softmax: scores become the operand of the next issue_values(). `empty_v`: the barrier on which
+  // to release the V that is being multiplied meanwhile (0: none is).
+  __device__ __forceinline__ void make_weights(const Load& load, SmemAddress empty_v = 0) {
+    float shrink[2];
+    float scale = p.scale_log2;
+    if (softmax.careful() || load.masked()) {
+      if (load.masked()) mask(entry_tile(reader.entry(load.position(), entries)));
+      if (softmax.raise(scores, scale, shrink)) {
+        cute::warpgroup_wait<0>();
+        pin(out);
+        rescale(shrink);
+      }
+    }
+    const bool lifted = softmax.weigh(scores, scale, shrink);
+    cute::warpgroup_wait<0>();
+    pin(out);
+    if (empty_v != 0) arrive(empty_v);
+    if (lifted) rescale(shrink);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      weights[i] = pack_pair<Element>(scores[2 * i], scores[2 * i + 1]);
+    }
+  }
+
+  // -inf where a row does not see the column.
+  __device__ __forceinline__ void mask(int tile) {
+    const Sm90Page& page = reader.page();
+    const int first_limit = TileOrder<Traits>::first_limit(p, page, page.units[consumer].first_row);
+    const int first_col = tile * Traits::kTileKv + 2 * (lane() % 4);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int visible =
+          min(first_limit + (p.causal ? lane_row() + 8 * half : 0), page.rows_kv) - first_col;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& score = scores[4 * j + 2 * half + c];
+          score = 8 * j + c < visible ? score * p.score_sign : -INFINITY;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&shrink)[2]) {
+#pragma unroll
+    for (int i = 0; i < Traits::kHeadDim / 2; ++i) out[i] *= shrink[i / 2 % 2];
+  }
+
+  __device__ __forceinline__ void end_unit() {
+    const Sm90Page& page = reader.page();
+    const Sm90Unit unit = page.units[consumer];
+    if (unit.first_row < 0) {
+      reader.release();
+      return;
+    }
+    // Only the warps that asked for it take the result of a careful tile: the others' bits do not
+    // depend on the values in their neighbours' rows.
+    const int warp = 1 << threadIdx.x / 32;
+    const bool careful = page.flags & Sm90Page::kCareful;
+    const bool stores = !careful || (page.redo_of & warp) != 0;
+    const int rows = stores ? page.rows_q - unit.first_row : 0;
+    const int64_t first_row = int64_t{page.q_start} + unit.first_row;
+    const int64_t batch = page.batch;
+    const bool packed = p.cu_seqlens_q != nullptr;
+    if (!careful && !softmax.in_range(out)) reader.mark(warp);
+    reader.release();
+
+    softmax.finish();
+    const int quad_lane = lane() % 4;
+    auto* const out_rows = static_cast<uint16_t*>(p.out) +
+                           (packed ? 0 : batch * p.out_batch_stride) +
+                           unit.head * p.out_head_stride;
+    float* const lse_rows =
+        p.lse + (packed ? 0 : batch * p.lse_batch_stride) + unit.head * p.lse_head_stride;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane_row() + 8 * half;
+      const float inverse = softmax.inverse_sum(half);
+      if (quad_lane == 0 && row < rows) lse_rows[first_row + row] = softmax.lse(half);
+      uint16_t* const out_row = out_rows + (first_row + row) * p.out_row_stride + 8 * quad_lane;
+#pragma unroll
+      for (int j = 0; j < Traits::kHeadDim / 8; j += 4) {
+        uint32_t words[4];  // columns 8 * (j + i) + 2 * quad_lane
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* pair = &out[4 * (j + i) + 2 * half];
+          words[i] = pack_pair<Element>(pair[0] * inverse, pair[1] * inverse);
+        }
+        transpose_quad(words, quad_lane);  // columns 8 * (j + quad_lane) + 2 * i
+        if (row < rows) {
+          __stcs(reinterpret_cast<uint4*>(out_row + 8 * j),
+                 make_uint4(words[0], words[1], words[2], words[3]));
+        }
+      }
+    }
+  }
+
+  // Word i of lane l becomes word l of lane i, in each quad.
+  static __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int quad_lane) {
+    const bool odd = quad_lane & 1, upper = quad_lane & 2;
+    const uint32_t a = __shfl_xor_sync(kFullWarp, odd ? words[0] : words[1], 1);
+    const uint32_t b = __shfl_xor_sync(kFullWarp, odd ? words[2] : words[3], 1);
+    (odd ? words[0] : words[1]) = a;
+    (odd ? words[2] : words[3]) = b;
+    const uint32_t c = __shfl_xor_sync(kFullWarp, upper ? words[0] : words[2], 2);
+    const uint32_t d = __shfl_xor_sync(kFullWarp, upper ? words[1] : words[3], 2);
+    (upper ? words[0] : words[2]) = c;
+    (upper ? words[1] : words[3]) = d;
+  }
+
+  const Sm90Params& p;
+  const SmemAddress base;
+  PageReader<Traits> reader;
+  const int consumer;
+  ChunkCounters counters;
+  Sm90Softmax<Element> softmax;
+  uint32_t q_phase = 0;
+  int first_masked = 0;  // see Sm90Unit
+  // The page's entries: of 32 from `chunk` on, each lane holds one's Load; `own` are those to do.
+  int entries = 0, first_slot = 0, chunk = 0;
+  uint32_t load_word = 0, own = 0;
+
+  float out[Traits::kHeadDim / 2];
+  float scores[32];
+  uint32_t weights[16];  // P, rounded and packed
+  uint32_t q[Traits::kQRegisterSteps][4];
+};
+
+}  // namespace seer::dev

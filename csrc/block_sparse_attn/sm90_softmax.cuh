@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+// The softmax of a consumer of the Hopper kernel: a reference per row that is fixed early, so that
+// most KV tiles need no maximum.
+//
+// A row's weights are exp2(score - reference), scores in units of log2. Any reference gives the
+// right quotient as long as nothing overflows and the largest weight does not vanish. Two ways to
+// keep it so, per warp and KV tile:
+//   careful  the reference is the maximum so far, raised lazily (common/online_softmax.cuh). Taken
+//            for a row's first tile, for masked tiles, and by a warp with a reference that is
+//            unset or beyond 2^24 (there, scores are rounded as the reference was: its rounding
+//            error, the same for all weights of a row, could otherwise take them out of range);
+//   fixed    the reference stays. Whether everything stayed in range is asked once, at the end of
+//            the unit: if not (a score more than 2^64 above the reference, in weights), the
+//            scheduler streams the tile again, careful throughout. fp16 weights end at 65504, so
+//            for them a lane's sum is looked at after every tile, and the reference lifted beyond
+//            2^14.
+// The maximum costs 32 instructions and two rounds of shuffles per lane and KV tile, 7 % of the
+// kernel's time.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/online_softmax.cuh"
+
+namespace seer::dev {
+
+// Scores of a lane: element 4 * j + 2 * half + c is row `half` of the lane (common/wgmma.cuh).
+template <class Element>
+class Sm90Softmax {
+ public:
+  static constexpr bool kLifts = std::is_same_v<Element, __half>;
+
+  __device__ __forceinline__ void begin(bool careful) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      reference[half] = OnlineSoftmax<2>::kNothing;
+      sum[half] = 0.0f;
+    }
+    always_careful = careful;
+    next_careful = true;
+  }
+
+  // Whether the next tile needs raise().
+  __device__ __forceinline__ bool careful() const { return next_careful; }
+
+  // Brings the references up to date with new scores. True (for the whole warp) if what was
+  // accumulated so far must be multiplied by shrink[half]. May change `scale`, the factor from
+  // scores to units of log2.
+  __device__ __forceinline__ bool raise(float (&s)[32], float& scale, float (&shrink)[2]) {
+    float top[2] = {fmaxf(s[0], s[1]), fmaxf(s[2], s[3])};
+#pragma unroll
+    for (int i = 4; i < 32; i += 4) {
+      top[0] = fmaxf(top[0], fmaxf(s[i], s[i + 1]));
+      top[1] = fmaxf(top[1], fmaxf(s[i + 2], s[i + 3]));
+    }
+    bool rises = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      top[half] = fmaxf(top[half], __shfl_xor_sync(0xffffffffu, top[half], 1));
+      top[half] = fmaxf(top[half], __shfl_xor_sync(0xffffffffu, top[half], 2));
+      top[half] *= scale;
+      rises |= top[half] - reference[half] > kSlack;
+    }
+    const bool rescale = __any_sync(0xffffffffu, rises);
+    if (rescale) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float raised = fmaxf(reference[half], top[half]);
+        shrink[half] = exp2_fast(reference[half] - raised);
+        reference[half] = raised;
+        // So much that the factor may have vanished, and the sum with it: for in_range().
+        const bool lost = !(sum[half] < kInRange);
+        sum[half] = lost ? sum[half] + INFINITY : sum[half] * shrink[half];
+      }
+    }
+    bool unset = false, huge = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool nothing = reference[half] == OnlineSoftmax<2>::kNothing;
+      unset |= nothing;
+      huge |= !nothing && fabsf(reference[half]) > kHuge;
+    }
+    const bool round = __any_sync(0xffffffffu, huge);
+    next_careful = always_careful || round || __any_sync(0xffffffffu, unset);
+    if (round) {
+      // As the maximum was, so that the largest score has weight 1 exactly.
+#pragma unroll
+      for (int i = 0; i < 32; ++i) s[i] *= scale;
+      scale = 1.0f;
+    }
+    return rescale;
+  }
+
+  // Turns scores into weights and adds them up. The result as for raise().
+  __device__ __forceinline__ bool weigh(float (&s)[32], float scale, float (&shrink)[2]) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -reference[i / 2 % 2]));
+    float added[2] = {s[0] + s[1], s[2] + s[3]};
+#pragma unroll
+    for (int i = 4; i < 32; i += 4) {
+      added[0] += s[i] + s[i + 1];
+      added[1] += s[i + 2] + s[i + 3];
+    }
+    bool lifted = false;
+    if constexpr (kLifts) {
+      const bool fits = fmaxf(added[0], added[1]) <= kLiftAbove;  // not if NaN
+      lifted = !__all_sync(0xffffffffu, fits);
+      if (lifted) lift(s, added, shrink);
+    }
+    sum[0] += added[0];
+    sum[1] += added[1];
+    return lifted;
+  }
+
+  // Whether everything stayed in range, if not every tile was a careful one. `out`: what was
+  // accumulated; it overflows before the sums do if V is large.
+  template <int kCount>
+  __device__ __forceinline__ bool in_range(const float (&out)[kCount]) const {
+    float zero = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) zero = fmaf(out[i], 0.0f, zero);  // NaN from Inf and NaN
+    // One by one: a maximum would drop a NaN, which is what an overflown sum becomes when shrunk.
+    const bool good = sum[0] < kInRange && sum[1] < kInRange && zero == 0.0f;
+    return __all_sync(0xffffffffu, good);
+  }
+
+  // Adds the quad's shares of the sums together.
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
+      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
+    }
+  }
+  __device__ __forceinline__ float lse(int half) const {
+    constexpr float kLn2 = 0.693147180559945309f;
+    return sum[half] == 0.0f ? -INFINITY : (reference[half] + log2f(sum[half])) * kLn2;
+  }
+  __device__ __forceinline__ float inverse_sum(int half) const {
+    return sum[half] == 0.0f ? 0.0f : __frcp_rn(sum[half]);
+  }
+
+ private:
+  static constexpr float kSlack = 8.0f;  // a careful reference rises when outgrown by 2^8
+  // Beyond it a reference's rounding error could take weights out of range: 2^24 has it below 1.
+  static constexpr float kHuge = 0x1p24f;
+  static constexpr float kInRange = 0x1p64f;  // leaves room for V and for long rows
+  static constexpr float kLiftAbove = 0x1p14f;
+  static constexpr float kMendable = 0x1p100f;
+
+  __device__ __forceinline__ void lift(float (&s)[32], float (&added)[2], float (&shrink)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float row = added[half];
+      row += __shfl_xor_sync(0xffffffffu, row, 1);
+      row += __shfl_xor_sync(0xffffffffu, row, 2);
+      const float lifted = row > kLiftAbove ? reference[half] + ceilf(log2f(row)) : reference[half];
+      // Taken from what the reference really became: its sum may have been rounded.
+      shrink[half] = exp2_fast(reference[half] - lifted);
+      reference[half] = lifted;
+      sum[half] *= shrink[half];
+      added[half] = row < kMendable ? added[half] * shrink[half] : row;  // in_range() will see it
+    }
+#pragma unroll
+    for (int i = 0; i < 32; ++i) s[i] *= shrink[i / 2 % 2];
+  }
+
+  float reference[2];
+  float sum[2];  // this lane's share
+  bool always_careful, next_careful;
+};
+
+}  // namespace seer::dev

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compile-time shape of the Hopper block-sparse attention kernel: roles, stages, the shared-memory
+// map, and the parameters its launcher hands over. The design is told in docs/block_sparse_attn.md.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "block_sparse_attn/variant.h"
+
+namespace seer {
+
+// The part of a tile that one consumer computes: 64 query rows of one head.
+struct Sm90Unit {
+  int head;
+  int first_row;     // of the sequence; < 0: the tile has no such unit
+  int tiles;         // KV tiles that some row of the unit sees
+  int first_masked;  // first KV tile in which some row does not see every column
+};
+
+// What the scheduler tells everyone about a page of the stream (sm90_scheduler.cuh).
+struct alignas(16) Sm90Page {
+  int entries;  // < 0: no more work
+  int flags;
+  int first_slot;  // of the page's first entry, modulo kStagesK * kStagesV
+  int tile;        // in the whole launch
+  int head_kv, batch;
+  int rows_q, rows_kv;    // of the sequence
+  int q_start, kv_start;  // its first packed rows (0 if not varlen)
+  int redo;               // written by consumers: bit per warp whose result left the range
+  int redo_of;            // of a careful tile: the warps that it is streamed again for
+  Sm90Unit units[3];
+
+  static constexpr int kFirst = 1, kLast = 2;  // page of its tile
+  static constexpr int kCareful = 4;
+};
+
+// Where the search for a packed tile's sequence begins.
+struct Sm90Search {
+  int first_sequence, tiles_before;
+};
+
+template <BlockSparseAttnKey kKey>
+struct Sm90Traits {
+  using Element = std::conditional_t<kKey.dtype == DType::kBFloat16, __nv_bfloat16, __half>;
+
+  static constexpr int kHeadDim = kKey.head_dim;
+  // A consumer warpgroup owns 64 query rows of one head, whatever block_q is; KV moves in tiles of
+  // 64 rows, whatever block_kv is. One wgmma m64 per warpgroup and step: three of them share each
+  // K/V tile, and while one is in its softmax, two keep the tensor cores busy.
+  static constexpr int kRows = 64;
+  static constexpr int kTileKv = 64;
+  static constexpr int kConsumers = 3;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  // 65536 registers: 128 x 32 + 384 x 160.
+  static constexpr int kControlRegisters = 32;
+  static constexpr int kConsumerRegisters = 160;
+  // Of the head_dim / 16 k-steps of Q K^T, as many take Q from registers as fit without spills: a
+  // product whose operands both lie in shared memory saturates it (128 B per clock).
+  static constexpr int kQRegisterSteps = kHeadDim == 128 ? 5 : 4;
+
+  static constexpr int kStageBytes = kTileKv * kHeadDim * 2;
+  static constexpr int kPanelBytes = kTileKv * 128;  // 64 columns of a tile
+  static constexpr int kStagesK = kHeadDim == 128 ? 6 : 8;
+  static constexpr int kStagesV = kHeadDim == 128 ? 5 : 8;
+  // Loads are told apart by the set of consumers that own them: 7 sets. A consumer waits for every
+  // load of the sets that it belongs to, so no wait ever skips a phase. At most kStages loads of a
+  // set are in flight; 8 barriers per set make the index a mask.
+  static constexpr int kOwnerSets = (1 << kConsumers) - 1;
+  static constexpr int kBarriersPerSet = 8;
+  static_assert(kStagesK <= kBarriersPerSet && kStagesV <= kBarriersPerSet);
+
+  // The stream goes from the scheduler to everyone else in pages.
+  static constexpr int kPages = 3;
+  static constexpr int kPageEntries = 128;
+  // Readers of a page: the loaders of K, V and Q, and the warps of the consumers.
+  static constexpr int kPageReaders = 3 + 4 * kConsumers;
+
+  // A tile marked to be done again: its number and its warps.
+  static constexpr int kPendingBytes = 8;
+
+  // Shared memory, in bytes from a 1024-byte boundary.
+  static constexpr int kSmemQ = 0;
+  static constexpr int kSmemK = kSmemQ + kConsumers * kStageBytes;
+  static constexpr int kSmemV = kSmemK + kStagesK * kStageBytes;
+  static constexpr int kSmemPage = kSmemV + kStagesV * kStageBytes;
+  static constexpr int kSmemEntries = kSmemPage + kPages * int(sizeof(Sm90Page));
+  static constexpr int kSmemCurrent = kSmemEntries + kPages * kPageEntries * 4;
+  static constexpr int kSmemPending = kSmemCurrent + int(sizeof(Sm90Page));
+  static constexpr int kSmemSearch = kSmemPending + kPages * kPendingBytes;
+  static constexpr int kSmemBarriers = kSmemSearch + int(sizeof(Sm90Search));
+  static constexpr int kFullK = kSmemBarriers;  // [owner set - 1][kBarriersPerSet]
+  static constexpr int kFullV = kFullK + 8 * kOwnerSets * kBarriersPerSet;
+  static constexpr int kEmptyK = kFullV + 8 * kOwnerSets * kBarriersPerSet;  // [stage]
+  static constexpr int kEmptyV = kEmptyK + 8 * kStagesK;
+  static constexpr int kFullQ = kEmptyV + 8 * kStagesV;  // [consumer]
+  static constexpr int kEmptyQ = kFullQ + 8 * kConsumers;
+  static constexpr int kFullPage = kEmptyQ + 8 * kConsumers;  // [page]
+  static constexpr int kEmptyPage = kFullPage + 8 * kPages;
+  static constexpr int kSmemBytes = kEmptyPage + 8 * kPages;
+
+  static_assert(kKey.sm == 90, "these are the traits of the Hopper kernel");
+  static_assert(kHeadDim == 64 || kHeadDim == 128, "head_dim: 64 or 128");
+  static_assert(kKey.block_q == 64 || kKey.block_q == 128, "block_q: 64 or 128");
+  static_assert(kKey.tile_kv == kTileKv, "variants.json: tile_kv is not the kernel's");
+  static_assert(kSmemBytes <= 232448, "a thread block has at most 227 KiB of shared memory");
+};
+
+// Kernel arguments, derived once on the host. Strides in elements (bits: in words).
+struct Sm90Params {
+  CUtensorMap q, k, v;  // see sm90_launch.cuh
+  void* out;
+  float* lse;
+  const uint32_t* bits;  // nullptr: dense
+  const int32_t *cu_seqlens_q, *cu_seqlens_kv;
+  int* next_tile;  // zero at the start
+  int64_t out_batch_stride, out_row_stride, out_head_stride;
+  int64_t lse_batch_stride, lse_head_stride;
+  int64_t bits_batch_stride, bits_head_stride, bits_row_stride;
+  int64_t total_q, total_kv;
+  int batch, heads_kv, group;
+  int rows_q, rows_kv;  // varlen: the longest
+  int heads_per_bits;   // query heads that share one row of bits
+  int rows_in_cache;    // KV rows of one head whose K and V fit in L2 together
+  bool share_group;     // the consumers of a tile are heads of a group rather than rows of a head
+  bool wide_q;          // block_q is 128: two consumers' rows share a row of bits
+  bool wide_kv;         // block_kv is 128: a bit is two KV tiles
+  bool causal;
+  float scale_log2;  // |scale| * log2(e), never 0
+  float score_sign;  // -1 if scale is negative: scores are negated before the softmax
+};
+
+}  // namespace seer
