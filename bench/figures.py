@@ -208,6 +208,11 @@ def speed_section(record: dict | None) -> str:
     dense = report.dense_table(record["rows"])
     starred = any(r"\*" in line for line in sparse + dense)
     note = ["", "\\* host-bound: the time may be that of the host."] if starred else []
+    absent = [
+        report.TITLES[name] for name in record.get("unavailable", ()) if name in report.TITLES
+    ]
+    if absent:
+        note += ["", f"Not installed for this run, so not compared: {', '.join(absent)}."]
     return "\n".join(
         [
             "<picture>",

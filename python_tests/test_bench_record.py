@@ -292,6 +292,12 @@ def test_host_bound_times_are_marked(sample):
     assert r"| 10% | 400\* | 400 |" in figures.speed_section(sample)
 
 
+def test_readme_names_the_peers_that_were_not_there(sample):
+    assert "not compared" not in figures.speed_section(sample | {"unavailable": {}})
+    told = figures.speed_section(sample | {"unavailable": {"fa3": "not installed", "fa4": "no"}})
+    assert "not compared: FlashAttention-3, FlashAttention-4." in told
+
+
 def test_launch_costs_are_told():
     cost = {"call_us": 20.0, "kernel_us": 8.0, "overhead_us": 12.0, "host_us": 7, "stream_us": 9.0}
     (line,) = report.launch_lines({"tiny": cost})
