@@ -8,6 +8,7 @@
 // per page of the ring can be waiting.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "block_sparse_attn/sm90_order.cuh"
@@ -33,7 +34,7 @@ class Scheduler {
       : p(params), base(shared) {}
 
   __device__ __forceinline__ void run() {
-    int next = take_tile();
+    int next = static_cast<int>(blockIdx.x);
     for (;;) {
       const bool again = marked > 0;
       int tile = __shfl_sync(kFullWarp, next, 0);
@@ -56,9 +57,11 @@ class Scheduler {
   }
 
  private:
-  // In lane 0.
+  // The CTA's first tile has its own number; the others come from the counter, in lane 0. Without
+  // one, there are no more tiles than CTAs.
   __device__ __forceinline__ int take_tile() {
-    return lane_id() == 0 ? atomicAdd(p.next_tile, 1) : 0;
+    if (p.next_tile == nullptr) return INT_MAX;
+    return lane_id() == 0 ? static_cast<int>(gridDim.x) + atomicAdd(p.next_tile, 1) : 0;
   }
 
   __device__ __forceinline__ Sm90Page& page() {

@@ -20,11 +20,11 @@ namespace seer::dev {
 
 template <class Traits>
 struct TileOrder {
-  static __device__ __forceinline__ int row_blocks(int rows_q) {
+  static __host__ __device__ __forceinline__ int row_blocks(int rows_q) {
     return (rows_q + Traits::kRows - 1) / Traits::kRows;
   }
 
-  static __device__ __forceinline__ int tiles_of_head(const Sm90Params& p, int rows_q) {
+  static __host__ __device__ __forceinline__ int tiles_of_head(const Sm90Params& p, int rows_q) {
     constexpr int kUnits = Traits::kConsumers;
     const int blocks = row_blocks(rows_q);
     return p.share_group ? (blocks * p.group + kUnits - 1) / kUnits

@@ -63,6 +63,12 @@ struct Sm90Traits {
   // product whose operands both lie in shared memory saturates it (128 B per clock).
   static constexpr int kQRegisterSteps = kHeadDim == 128 ? 5 : 4;
 
+  // Of a lane's 32 weights per KV tile, those that the FMA units make (sm90_softmax.cuh).
+#ifndef ONFMA
+#define ONFMA 8
+#endif
+  static constexpr int kWeightsOnFma = kHeadDim == 64 ? ONFMA : 0;
+
   static constexpr int kStageBytes = kTileKv * kHeadDim * 2;
   static constexpr int kPanelBytes = kTileKv * 128;  // 64 columns of a tile
   static constexpr int kStagesK = kHeadDim == 128 ? 6 : 8;
@@ -117,7 +123,7 @@ struct Sm90Params {
   float* lse;
   const uint32_t* bits;  // nullptr: dense
   const int32_t *cu_seqlens_q, *cu_seqlens_kv;
-  int* next_tile;  // zero at the start
+  int* next_tile;  // counts tiles beyond the first of each CTA, from 0; nullptr: there are none
   int64_t out_batch_stride, out_row_stride, out_head_stride;
   int64_t lse_batch_stride, lse_head_stride;
   int64_t bits_batch_stride, bits_head_stride, bits_row_stride;
