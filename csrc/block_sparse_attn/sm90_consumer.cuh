@@ -161,7 +161,6 @@ class Consumer {
       cute::warpgroup_wait<0>();
       pin(scores);
       arrive(base + Traits::kEmptyK + 8 * load.stage_k());
-      if (!more && frees_q) release_q();
       make_weights(load);
       while (more && next.position() - load.position() <= kMaxGap) {
         mbarrier_wait(base + Traits::kFullK + next.barrier(), next.parity());
@@ -173,11 +172,11 @@ class Consumer {
         cute::warpgroup_wait<1>();
         pin(scores);
         arrive(base + Traits::kEmptyK + 8 * next.stage_k());
-        if (!more && frees_q) release_q();
         make_weights(next, base + Traits::kEmptyV + 8 * load.stage_v());
         load = next;
         next = later;
       }
+      if (!more && frees_q) release_q();
       mbarrier_wait(base + Traits::kFullV + load.barrier(), load.parity());
       issue_values(load);
       cute::warpgroup_wait<0>();
@@ -234,9 +233,6 @@ class Consumer {
       }
     }
     const bool lifted = softmax.weigh(scores, scale, shrink);
-    // ptxas would wait for P V before most of the exp2; a branch that is never taken keeps them apart.
-    pin(scores);
-    if (load.word == 0xffffffffu) __trap();
     cute::warpgroup_wait<0>();
     pin(out);
     if (empty_v != 0) arrive(empty_v);
@@ -339,7 +335,7 @@ class Consumer {
   PageReader<Traits> reader;
   const int consumer;
   ChunkCounters counters;
-  Sm90Softmax<Element, Traits::kWeightsOnFma> softmax;
+  Sm90Softmax<Element> softmax;
   uint32_t q_phase = 0;
   int first_masked = 0;  // see Sm90Unit
   // The page's entries: of 32 from `chunk` on, each lane holds one's Load; `own` are those to do.

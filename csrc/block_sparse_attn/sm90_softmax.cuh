@@ -29,26 +29,7 @@
 namespace seer::dev {
 
 // Scores of a lane: element 4 * j + 2 * half + c is row `half` of the lane (common/wgmma.cuh).
-// 2^x to 2 ulp on the FMA units; 0 from -127 down, 2^127 from 127 on, NaN for NaN. The special-function
-// units make 16 results per clock and SM, which bounds head_dim 64: part of the weights goes this way.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  asm("max.NaN.f32 %0, %0, 0fC2FE0000;" : "+f"(x));  // -127
-  asm("min.NaN.f32 %0, %0, 0f42FE0000;" : "+f"(x));  // 127
-  const float shifted = x + kRound;
-  const float f = x - (shifted - kRound);  // -1/2 to 1/2
-  float y = 1.5403530393381609954e-4f;     // Taylor's coefficients ln2^k / k!, highest first
-  y = fmaf(y, f, 1.3333558146428443423e-3f);
-  y = fmaf(y, f, 9.6181291076284771619e-3f);
-  y = fmaf(y, f, 5.5504108664821579953e-2f);
-  y = fmaf(y, f, 2.4022650695910071233e-1f);
-  y = fmaf(y, f, 6.9314718055994530942e-1f);
-  y = fmaf(y, f, 1.0f);
-  // The integer's power of two, its exponent field in place; a product, so that NaN stays NaN.
-  return y * __int_as_float((__float_as_int(shifted) << 23) + 0x3f800000);
-}
-
-template <class Element, int kOnFma = 0>
+template <class Element>
 class Sm90Softmax {
  public:
   static constexpr bool kLifts = std::is_same_v<Element, __half>;
@@ -117,12 +98,7 @@ class Sm90Softmax {
   // Turns scores into weights and adds them up. The result as for raise().
   __device__ __forceinline__ bool weigh(float (&s)[32], float scale, float (&shrink)[2]) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const float x = fmaf(s[i], scale, -reference[i / 2 % 2]);
-      // Spread over the tile, so that both units have work all the time.
-      const bool on_fma = kOnFma > 0 && i % (32 / std::max(kOnFma, 1)) == 0;
-      s[i] = on_fma ? exp2_polynomial(x) : exp2_fast(x);
-    }
+    for (int i = 0; i < 32; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -reference[i / 2 % 2]));
     float added[2] = {s[0] + s[1], s[2] + s[3]};
 #pragma unroll
     for (int i = 4; i < 32; i += 4) {

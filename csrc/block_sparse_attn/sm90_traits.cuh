@@ -63,12 +63,6 @@ struct Sm90Traits {
   // product whose operands both lie in shared memory saturates it (128 B per clock).
   static constexpr int kQRegisterSteps = kHeadDim == 128 ? 5 : 4;
 
-  // Of a lane's 32 weights per KV tile, those that the FMA units make (sm90_softmax.cuh).
-#ifndef ONFMA
-#define ONFMA 8
-#endif
-  static constexpr int kWeightsOnFma = kHeadDim == 64 ? ONFMA : 0;
-
   static constexpr int kStageBytes = kTileKv * kHeadDim * 2;
   static constexpr int kPanelBytes = kTileKv * 128;  // 64 columns of a tile
   static constexpr int kStagesK = kHeadDim == 128 ? 6 : 8;
