@@ -170,8 +170,8 @@ cudaError_t launch_sm90(const BlockSparseAttnParams& params, cudaStream_t stream
   constexpr auto kKernel = &dev::block_sparse_attn_sm90<Traits>;
   error = allow_shared_memory<kKernel>(Traits::kSmemBytes);
   if (error != cudaSuccess) return error;
-  const int64_t tiles = int64_t{p.batch} * p.heads_kv *
-                        dev::TileOrder<Traits>::tiles_of_head(p, p.rows_q);
+  const int64_t tiles =
+      int64_t{p.batch} * p.heads_kv * dev::TileOrder<Traits>::tiles_of_head(p, p.rows_q);
   const auto grid = static_cast<unsigned>(std::min<int64_t>(tiles, device.processors));
   if (tiles <= device.processors) {
     p.next_tile = nullptr;  // every CTA's first tile is its only one
