@@ -224,23 +224,21 @@ class Consumer {
   __device__ __forceinline__ void make_weights(const Load& load, SmemAddress empty_v = 0) {
     float shrink[2];
     float scale = p.scale_log2;
+    bool rescales = false;
     if (softmax.careful() || load.masked()) {
       if (load.masked()) mask(entry_tile(reader.entry(load.position(), entries)));
-      if (softmax.raise(scores, scale, shrink)) {
-        cute::warpgroup_wait<0>();
-        pin(out);
-        rescale(shrink);
-      }
+      rescales = softmax.raise(scores, scale, shrink);
     }
-    const bool lifted = softmax.weigh(scores, scale, shrink);
+    rescales = softmax.weigh(scores, scale, shrink, rescales);
+    // Not under a condition: the four warps must meet here, and each has its own references.
     cute::warpgroup_wait<0>();
     pin(out);
     if (empty_v != 0) arrive(empty_v);
-    if (lifted) rescale(shrink);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       weights[i] = pack_pair<Element>(scores[2 * i], scores[2 * i + 1]);
     }
+    if (rescales) rescale(shrink);
   }
 
   // -inf where a row does not see the column.

@@ -38,8 +38,8 @@ __device__ __forceinline__ void init_shared(SmemAddress base) {
   init(Traits::kEmptyV, Traits::kStagesV, kWarps);
   init(Traits::kFullQ, Traits::kConsumers, 1);
   init(Traits::kEmptyQ, Traits::kConsumers, 4);
-  init(Traits::kFullPage, Traits::kPages, 1);
-  init(Traits::kEmptyPage, Traits::kPages, Traits::kPageReaders);
+  init(Traits::kFullPage, Traits::kPages, 32);  // all lanes of the scheduler
+  init(Traits::kEmptyPage, Traits::kPages, 32 * Traits::kPageReaders);
   if (threadIdx.x < Traits::kPages) {
     shared_object<Sm90Page>(Traits::kSmemPage, threadIdx.x).redo = 0;
   }

@@ -95,8 +95,10 @@ class Sm90Softmax {
     return rescale;
   }
 
-  // Turns scores into weights and adds them up. The result as for raise().
-  __device__ __forceinline__ bool weigh(float (&s)[32], float scale, float (&shrink)[2]) {
+  // Turns scores into weights and adds them up. `raised`: what raise() said of this tile; the
+  // result and shrink then tell of both steps.
+  __device__ __forceinline__ bool weigh(float (&s)[32], float scale, float (&shrink)[2],
+                                        bool raised) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -reference[i / 2 % 2]));
     float added[2] = {s[0] + s[1], s[2] + s[3]};
@@ -105,24 +107,29 @@ class Sm90Softmax {
       added[0] += s[i] + s[i + 1];
       added[1] += s[i + 2] + s[i + 3];
     }
-    bool lifted = false;
     if constexpr (kLifts) {
       const bool fits = fmaxf(added[0], added[1]) <= kLiftAbove;  // not if NaN
-      lifted = !__all_sync(0xffffffffu, fits);
-      if (lifted) lift(s, added, shrink);
+      if (!__all_sync(0xffffffffu, fits)) {
+        if (!raised) shrink[0] = shrink[1] = 1.0f;
+        lift(s, added, shrink);
+        raised = true;
+      }
     }
     sum[0] += added[0];
     sum[1] += added[1];
-    return lifted;
+    return raised;
   }
 
   // Whether everything stayed in range, if not every tile was a careful one. `out`: what was
   // accumulated; it overflows before the sums do if V is large.
   template <int kCount>
   __device__ __forceinline__ bool in_range(const float (&out)[kCount]) const {
-    float zero = 0.0f;
+    float zeros[4] = {};  // four chains: one would wait for itself
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) zero = fmaf(out[i], 0.0f, zero);  // NaN from Inf and NaN
+    for (int i = 0; i < kCount; ++i) {
+      zeros[i % 4] = fmaf(out[i], 0.0f, zeros[i % 4]);  // NaN from Inf and NaN
+    }
+    const float zero = zeros[0] + zeros[1] + (zeros[2] + zeros[3]);
     // One by one: a maximum would drop a NaN, which is what an overflown sum becomes when shrunk.
     const bool good = sum[0] < kInRange && sum[1] < kInRange && zero == 0.0f;
     return __all_sync(0xffffffffu, good);
@@ -141,7 +148,7 @@ class Sm90Softmax {
     return sum[half] == 0.0f ? -INFINITY : (reference[half] + log2f(sum[half])) * kLn2;
   }
   __device__ __forceinline__ float inverse_sum(int half) const {
-    return sum[half] == 0.0f ? 0.0f : __frcp_rn(sum[half]);
+    return sum[half] == 0.0f ? 0.0f : reciprocal_fast(sum[half]);
   }
 
  private:
@@ -153,6 +160,7 @@ class Sm90Softmax {
   static constexpr float kMendable = 0x1p100f;
 
   __device__ __forceinline__ void lift(float (&s)[32], float (&added)[2], float (&shrink)[2]) {
+    float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float row = added[half];
@@ -160,14 +168,15 @@ class Sm90Softmax {
       row += __shfl_xor_sync(0xffffffffu, row, 2);
       const float lifted = row > kLiftAbove ? reference[half] + ceilf(log2f(row)) : reference[half];
       // Taken from what the reference really became: its sum may have been rounded.
-      shrink[half] = exp2_fast(reference[half] - lifted);
+      factor[half] = exp2_fast(reference[half] - lifted);
       reference[half] = lifted;
-      sum[half] *= shrink[half];
+      sum[half] *= factor[half];
+      shrink[half] *= factor[half];
       // Infinite from there on, whatever later lifts do, so that in_range() sees it.
-      added[half] = row < kMendable ? added[half] * shrink[half] : row + INFINITY;
+      added[half] = row < kMendable ? added[half] * factor[half] : row + INFINITY;
     }
 #pragma unroll
-    for (int i = 0; i < 32; ++i) s[i] *= shrink[i / 2 % 2];
+    for (int i = 0; i < 32; ++i) s[i] *= factor[i / 2 % 2];
   }
 
   float reference[2];
