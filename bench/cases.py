@@ -13,6 +13,9 @@ PORTABLE = "sm80"
 DENSITIES = (1.0, 0.5, 0.2, 0.1)
 BLOCKS = ((64, 64), (128, 128))
 SHORT, MIDDLE, LONG = 8192, 32768, 131072
+ATTENTION = "block_sparse_attn"
+# Operators of the gate and what is made of them (bench.gate).
+GATE_OPS = ("pool_gate", "gate_select", "gate_mask", "sparse_prefill")
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,13 @@ class Case:
 
     `mask` is how the block mask is made (bench.masks): "dense" (no mask at all), "random" (every
     query head has its own), "kv_head" (random, the heads of a GQA group share one) or "structured"
-    (sink, local window, stripes). `arch` is the kernel family that runs. Lengths count tokens,
-    `density` is the kept fraction of the causally visible blocks.
+    (sink, local window, stripes); in cases of the gate it is the rule by which the gate selects,
+    and `pools` is what pool_gate pools. `arch` is the kernel family that runs (of the attention,
+    for the gate). Lengths count tokens, `density` is the kept fraction of the causally visible
+    blocks.
     """
 
-    op: str = "block_sparse_attn"
+    op: str = ATTENTION
     arch: str = PORTABLE
     batch: int = 1
     heads_q: int = 32
@@ -38,6 +43,7 @@ class Case:
     block: tuple[int, int] = (64, 64)
     density: float = 1.0
     mask: str = "random"
+    pools: str = ""
     seed: int = 0
 
     @property
@@ -54,8 +60,10 @@ class Case:
     def name(self) -> str:
         """Short unique name, what `--only` matches, e.g. `sm90-8k-64x64-random-d0.5` or
         `sm90-32k-hd64-noncausal-64x64-dense-d1`: what is not the default stands before the block.
+        Cases of the gate name the operator and how it pools or selects, e.g.
+        `sm90-gate_mask-32k-threshold`.
         """
-        parts = [self.arch]
+        parts = [self.arch] if self.op == ATTENTION else [self.arch, self.op]
         parts.append(f"{self.rows_q // 1024}k" if self.rows_q % 1024 == 0 else str(self.rows_q))
         if self.head_dim != 128:
             parts.append(f"hd{self.head_dim}")
@@ -63,6 +71,9 @@ class Case:
             parts.append(self.dtype)
         if not self.causal:
             parts.append("noncausal")
+        if self.op != ATTENTION:
+            kept = [f"d{self.density:g}"] if self.density != 1 else []
+            return "-".join([*parts, self.pools or self.mask, *kept])
         return "-".join([*parts, "x".join(map(str, self.block)), self.mask, f"d{self.density:g}"])
 
 
@@ -92,6 +103,19 @@ def _by_density(rows: int, **different: object) -> list[Case]:
     return [_sparse(rows, density, **different) for density in DENSITIES]
 
 
+def _gate_cases() -> list[Case]:
+    """The gate at the sizes of an 8B model. What is not timed at every length costs the same per
+    token at all of them, or is timed within gate_mask."""
+
+    def case(op: str, rows: int, mask: str = "threshold", **different: object) -> Case:
+        return Case(op=op, rows_q=rows, rows_kv=rows, mask=mask, **different)
+
+    cases = [case("pool_gate", MIDDLE, "none", pools=pools) for pools in ("avg", "maxminavg")]
+    cases += [case("gate_mask", rows) for rows in (SHORT, MIDDLE, LONG)]
+    cases += [case("gate_select", LONG), case("gate_select", LONG, "density", density=0.1)]
+    return [*cases, case("sparse_prefill", MIDDLE, "density", density=0.1)]
+
+
 def all_cases(family: str) -> list[Case]:
     """Every case of the record of a GPU whose default family is `family`, in the order in which
     they run; where that is not the portable family, some are repeated with it at the end.
@@ -110,6 +134,7 @@ def all_cases(family: str) -> list[Case]:
         cases += [_sparse(MIDDLE, density, mask=mask) for density in (0.2, 0.1)]
     cases += [_dense(MIDDLE, head_dim=64), *_by_density(MIDDLE, head_dim=64)]
     cases += [_dense(MIDDLE, dtype="float16"), _sparse(MIDDLE, 0.2, dtype="float16")]
+    cases += _gate_cases()
 
     cases = [replace(case, arch=family) for case in cases]
     if family != PORTABLE:

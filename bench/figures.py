@@ -206,6 +206,9 @@ def speed_section(record: dict | None) -> str:
         )
     sparse = report.sparse_table(record["rows"], MIDDLE, BLOCKS)
     dense = report.dense_table(record["rows"])
+    gate = report.gate_table(record["rows"])
+    if gate:
+        gate = ["", "The gate, and prefill with it in one CUDA graph, in ms:", "", *gate]
     starred = any(r"\*" in line for line in sparse + dense)
     note = ["", "\\* host-bound: the time may be that of the host."] if starred else []
     absent = [
@@ -229,6 +232,7 @@ def speed_section(record: dict | None) -> str:
             "Without a mask:",
             "",
             *dense,
+            *gate,
             *note,
         ]
     )
@@ -253,9 +257,12 @@ def support_section(variants: list[dict]) -> str:
             spans = [
                 _span({row["dtype"] for row in of_sm}),
                 _span({row["head_dim"] for row in of_sm}),
-                _span({row["block_q"] for row in of_sm}),
-                _span({size for row in of_sm for size in block_kv_of(row)}),
             ]
+            if all("block_q" in row for row in of_sm):
+                spans.append(_span({row["block_q"] for row in of_sm}))
+                spans.append(_span({size for row in of_sm for size in block_kv_of(row)}))
+            else:
+                spans += ["any", "any"]
             newer = " and newer" if sm == 80 else ""
             cuda = f"kernel, compute capability {sm // 10}.{sm % 10}{newer}"
             lines.append(f"| `{op}` | {cuda} | {' | '.join(spans)} | kernel |")

@@ -47,6 +47,11 @@ class Problem:
             flops=masks.flops(case, mask),
         )
 
+    @property
+    def work(self) -> float:
+        """What its row's rate counts: FLOP."""
+        return self.flops
+
     def head_mask(self) -> torch.Tensor:
         """The mask with one row per query head: bool [batch, heads_q, blocks_q, blocks_kv]."""
         if self.mask is None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from bench.cases import case_of
+from bench.cases import ATTENTION, case_of
 
 OURS = "seer_cuda"
 # Kernel families, the newest first.
@@ -21,6 +21,8 @@ TITLES = {
     "flex": "FlexAttention",
     "cudnn_frontend": "cuDNN frontend BSA",
 }
+# Peers of the gate; those of TITLES have colours in the figure.
+GATE_TITLES = {"gate_eager": "eager torch", "gate_compile": "torch.compile"}
 # What the README's tables and figure show of a record; other rows differ in one of these.
 HEADLINE = {"heads_q": 32, "heads_kv": 8, "head_dim": 128, "dtype": "bfloat16"}
 # What two rows have in common that ask for the same attention but for the mask.
@@ -88,15 +90,28 @@ def length(rows: int) -> str:
     return f"{rows // 1024}k" if rows % 1024 == 0 else str(rows)
 
 
+def copy_share(row: dict) -> float | None:
+    """Our rate over that of a device copy of as many bytes, where one was timed."""
+    return row["gbps"] / row["copy_gbps"] if "copy_gbps" in row else None
+
+
 def row_line(row: dict) -> str:
     """A row in one line: our time and rate, the ratio to the best peer (above 1: we are faster),
-    the rates of all."""
+    the rates of all. Rows of the gate: GB/s, and the peers' times."""
     best = best_peer(row)
     peers = sorted(row["peers"], key=row["peers"].get)
+    if row["op"] == ATTENTION:
+        of_peers = [f"{name} {peer_tflops(row, name):.0f}" for name in peers]
+    else:
+        of_peers = [f"{name} {row['peers'][name]:.3f} ms" for name in peers]
+    if share := copy_share(row):
+        of_peers.append(f"{share:.0%} of a copy")
+    rate = row.get("tflops", row.get("gbps"))
     return (
-        f"{case_of(row).name:38} {row['ms']:9.3f} {row['ms_burst']:9.3f} {row['tflops']:8.1f}"
+        f"{case_of(row).name:38} {row['ms']:9.3f} {row['ms_burst']:9.3f}"
+        + (f" {rate:8.1f}" if rate else f" {'-':>8}")
         + (f" {best[1] / row['ms']:6.2f}x" if best else f" {'-':>7}")
-        + "".join(f"  {name} {peer_tflops(row, name):.0f}" for name in peers)
+        + "".join(f"  {text}" for text in of_peers)
         + "".join(f"  host-bound: {name}" for name in host_bound(row))
     )
 
@@ -180,3 +195,21 @@ def dense_table(rows: list[dict]) -> list[str]:
             name = f"{length(rows_kv)}, {'causal' if causal else 'not causal'}"
             lines.append([name, *_rates(row, same, kinds, peers), _ratio(row)])
     return _table([*header, "against the best peer"], lines)
+
+
+def gate_table(rows: list[dict]) -> list[str]:
+    """Times of the gate and of what is made of it; empty without such rows."""
+    chosen = [row for row in rows if row["op"] != ATTENTION]
+    titles = TITLES | GATE_TITLES
+    peers = [name for name in titles if any(name in row["peers"] for row in chosen)]
+    header = ["gate", "tokens", "how", "ms", "GB/s", "of a copy", *(titles[name] for name in peers)]
+    lines = []
+    for row in chosen:
+        share = copy_share(row)
+        kept = f", {row['density']:.0%} kept" if row["density"] != 1 else ""
+        cells = [f"`{row['op']}`", length(row["rows_kv"]), row.get("pools", row["mask"]) + kept]
+        cells += [f"{row['ms']:.3f}", f"{row['gbps']:.0f}" if "gbps" in row else ""]
+        cells.append(f"{share:.0%}" if share else "")
+        cells += [f"{row['peers'][name]:.3f}" if name in row["peers"] else "" for name in peers]
+        lines.append(cells)
+    return _table(header, lines) if lines else []

@@ -10,11 +10,15 @@ from types import ModuleType
 
 import torch
 
-from bench.cases import Case
-from bench.peers import worth_timing
+from bench.cases import ATTENTION, Case
+from bench.gate import GateProblem, captured
+from bench.peers import takes_part
 from bench.problem import Problem, check
-from bench.report import OURS, row_line
+from bench.report import DENSE_PEERS, OURS, row_line
 from bench.timing import Clock, Launch, Schedule, measure
+
+# A device copy that is timed beside the gate; not a peer.
+COPY = "copy"
 
 
 @dataclass
@@ -94,7 +98,7 @@ def _contestants(
         raise RuntimeError(f"the default call gives other bits than the kernels of {case.arch}")
     del out
     for peer in peers:
-        if not (peer.supports(case) and worth_timing(peer.NAME, case)):
+        if not takes_part(peer, case):
             continue
         answers = getattr(peer, "answers", lambda same: same)
         try:
@@ -106,10 +110,46 @@ def _contestants(
     return launches
 
 
-def row_of(case: Case, flops: float, timings: dict) -> dict:
-    """A row of the record: the case, our times in ms and TFLOP/s, the peers' times in ms."""
+def _gate_contestants(
+    problem: GateProblem, peers: Iterable[ModuleType], results: Results
+) -> dict[str, Launch]:
+    """The same for a case of the gate, as CUDA graphs, with a copy of as many bytes beside them."""
+    case, device = problem.case, problem.gate_q.device
+    launches = {OURS: captured(problem.ours(), device)}
+    problem.check(launches[OURS]())
+    if copy := problem.copy():
+        launches[COPY] = captured(copy, device)
+    for peer in peers:
+        if not takes_part(peer, case):
+            continue
+        try:
+            launch = captured(peer.build(problem), device)
+            problem.check(launch(), dense=peer.NAME in DENSE_PEERS)
+            launches[peer.NAME] = launch
+        except Exception as error:  # whatever a peer raises is its own reason, not our end
+            results.failures[f"{case.name}: {peer.NAME}"] = reason_of(error)
+    return launches
+
+
+def _rates(case: Case, work: float, timings: dict) -> dict[str, float]:
+    """The rate fields of a row: TFLOP/s of attention, GB/s of what moves bytes, with that of a
+    copy of as many bytes in the same run."""
+    ms = timings[OURS].ms
+    if case.op in (ATTENTION, "sparse_prefill"):
+        return {"tflops": round(work / ms / 1e9, 1)}
+    if not work:
+        return {}
+    rates = {"gbps": round(work / ms / 1e6, 1)}
+    if COPY in timings:
+        rates["copy_gbps"] = round(work / timings[COPY].ms / 1e6, 1)
+    return rates
+
+
+def row_of(case: Case, work: float, timings: dict) -> dict:
+    """A row of the record: the case, our times in ms and our rate (of `work`, FLOP or bytes), the
+    peers' times in ms."""
     mine = timings[OURS]
-    peers = {name: timing for name, timing in timings.items() if name != OURS}
+    peers = {name: timing for name, timing in timings.items() if name not in (OURS, COPY)}
     return {
         "op": case.op,
         "arch": case.arch,
@@ -124,10 +164,11 @@ def row_of(case: Case, flops: float, timings: dict) -> dict:
         "block": list(case.block),
         "density": case.density,
         "mask": case.mask,
+        **({"pools": case.pools} if case.pools else {}),
         "ms": round(mine.ms, 4),
         "ms_burst": round(mine.ms_burst, 4),
         "host_ms": round(mine.host_ms, 4),
-        "tflops": round(flops / mine.ms / 1e9, 1),
+        **_rates(case, work, timings),
         "spread": round(mine.spread, 4),
         "sm_mhz": mine.sm_mhz,
         "peers": {name: round(timing.ms, 4) for name, timing in peers.items()},
@@ -166,13 +207,18 @@ def run_cases(
             results.failures[case.name] = "not measured: out of time"
             continue
         try:
-            problem = Problem.build(case, device)
-            timings = measure(_contestants(problem, family, usable, results), clock, schedule)
+            if case.op == ATTENTION:
+                problem = Problem.build(case, device)
+                contestants = _contestants(problem, family, usable, results)
+            else:
+                problem = GateProblem.build(case, device)
+                contestants = _gate_contestants(problem, usable, results)
+            timings = measure(contestants, clock, schedule)
         except Exception as error:  # the record keeps the rows there are, and the reason
             results.failures[case.name] = reason_of(error)
             say(f"{case.name}: FAILED {reason_of(error)}")
             continue
-        row = row_of(case, problem.flops, timings)
+        row = row_of(case, problem.work, timings)
         results.rows.append(row)
         say(row_line(row))
     return results

@@ -14,6 +14,8 @@ FORMS = (
     "attn_pool varlen",
     "pool_gate",
     "pool_gate plain",
+    "pool_gate narrow",
+    "_pool_gate_pair",
     "gate_scores",
     "gate_select threshold",
     "gate_select topk",
@@ -54,12 +56,18 @@ def sample(form: str, device: str = "cpu", rows: int = 150, *, grad: bool = Fals
             )
         return op, (q, k, v), kwargs
     blocks = attention.ceil_div(rows, 64)
+    if name == "_pool_gate_pair":
+        rope = [torch.rand(blocks, 32, generator=gen).to(device) for _ in range(4)]
+        q, k, weight = draw(2, rows, 4, 64), draw(2, rows, 2, 64), draw(4, 192, 64)
+        return op, (q, k, None, weight, *rope, 64, 64, 4, 7), {}
     if name == "pool_gate":
         x = draw(2, rows, 2, 64)
         if kind == "plain":
             return op, (x,), {"pools": 5}
         cos, sin = (torch.rand(blocks, 16, generator=gen).to(device) for _ in range(2))
-        return op, (x, draw(4, 192, 32), cos, sin), {"pools": 7}
+        # No CUDA kernel was compiled for the narrow gate.
+        width = 32 if kind == "narrow" else 64
+        return op, (x, draw(4, 192, width), cos, sin), {"pools": 7}
     if name in ("gate_scores", "gate_select"):
         grad = grad and name == "gate_scores"
         rule = {

@@ -26,6 +26,16 @@ SM80 = {
 SM90 = {**SM80, "name": "kernel_sm90", "sm": 90, "registers": {"sm_90a": 240}}
 
 
+GATE = {
+    "op": "gate_select",
+    "name": "gate_kernel",
+    "sm": 80,
+    "dtype": "bfloat16",
+    "head_dim": 128,
+    "registers": {"sm_80": 164},
+}
+
+
 class FakeCore:
     """`seer_cuda._core` of a CUDA build, with the C++ table's rule of which kernel runs where."""
 
@@ -113,6 +123,18 @@ def test_info_gives_each_gpu_its_most_specific_kernel(machine):
     rows = {row["op"]: row for row in about["ops"]}
     assert rows["block_sparse_attn"]["cuda:2"] == "CUDA kernel, 1 shapes"
     assert "240 (sm_90a)" in info.as_text(about)
+
+
+def test_info_says_what_runs_without_a_kernel(machine):
+    about = machine(FakeCore(variants=(SM80, GATE)), 90, 75)
+    assert used_on(about) == {"kernel_sm80": ["cuda:0"], "gate_kernel": ["cuda:0"]}
+    row = {row["op"]: row for row in about["ops"]}["gate_select"]
+    assert row["cuda:0"] == "CUDA kernel, 1 shapes; else torch operations"
+    assert row["cuda:1"] == "torch operations"
+    assert "164 (sm_80)" in info.as_text(about)
+    about = machine(FakeCore(variants=(), cuda=False), 90)
+    row = {row["op"]: row for row in about["ops"]}["gate_select"]
+    assert row["cuda:0"] == "torch operations"
 
 
 def test_info_says_why_a_gpu_has_no_kernel(machine):

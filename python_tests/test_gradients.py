@@ -107,9 +107,9 @@ def test_pool_gate(device, dtype, pools, rotary, seed):
     x = distinct((2, 150, 2, 64), dtype, device, seed)
     gen = inputs.generator(seed)
     channels = 64 * pools.bit_count()
-    weight = (torch.randn(4, channels, 32, generator=gen) / channels**0.5).to(device, dtype)
+    weight = (torch.randn(4, channels, 64, generator=gen) / channels**0.5).to(device, dtype)
     rope = [torch.rand(3, 8, generator=gen).to(device) for _ in range(2)] if rotary else []
-    grad_out = torch.randn(2, 3, 4, 32, generator=gen).to(device, dtype)
+    grad_out = torch.randn(2, 3, 4, 64, generator=gen).to(device, dtype)
 
     def gate(pool, x, w):
         return pool(x, w, *rope, pools=pools)
@@ -153,8 +153,8 @@ def test_a_tie_gets_one_gradient(device, pools):
 @pytest.mark.parametrize("blocks", [(9, 9), (3, 20), (20, 3)])
 def test_gate_scores(device, dtype, causal, blocks, seed):
     gen = inputs.generator(seed)
-    q = torch.randn(2, blocks[0], 4, 32, generator=gen).to(device, dtype)
-    k = torch.randn(2, blocks[1], 2, 32, generator=gen).to(device, dtype)
+    q = torch.randn(2, blocks[0], 4, 64, generator=gen).to(device, dtype)
+    k = torch.randn(2, blocks[1], 2, 64, generator=gen).to(device, dtype)
     grad_out = torch.randn(2, 4, *blocks, generator=gen).to(device)
     seen = reference.gate_visible(*blocks, causal, device)
     visible_grad = grad_out.masked_fill(~seen, 0.0)

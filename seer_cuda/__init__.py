@@ -6,8 +6,9 @@ shapes, gradients and, for ops without a compiled CUDA kernel, a CUDA implementa
 
 >>> import seer_cuda
 >>> gate = seer_cuda.AttnGate(seer_cuda.GateConfig(heads_q=32, heads_kv=8, head_dim=128))
->>> mask = gate.select(q, k, "threshold", 5e-4)       # q, k before RoPE
+>>> mask = seer_cuda.gate_mask(q, k, gate, seer_cuda.Rule("threshold", 5e-4))  # before RoPE
 >>> out = seer_cuda.block_sparse_attn(q_rope, k_rope, v, mask)
+>>> out = seer_cuda.sparse_prefill(q_rope, k_rope, v, q, k, gate)  # the same in one call
 """
 
 # isort: off
@@ -23,6 +24,7 @@ from seer_cuda import distill, reference, select  # noqa: E402
 from seer_cuda._version import __version__  # noqa: E402
 from seer_cuda.block_mask import BlockMask  # noqa: E402
 from seer_cuda.gate import AttnGate, GateConfig  # noqa: E402
+from seer_cuda.gate_cache import GateKeyCache  # noqa: E402
 from seer_cuda.ops import (  # noqa: E402
     attn_pool,
     block_sparse_attn,
@@ -30,18 +32,24 @@ from seer_cuda.ops import (  # noqa: E402
     gate_select,
     pool_gate,
 )
+from seer_cuda.prefill import gate_mask, sparse_prefill  # noqa: E402
+from seer_cuda.select import Rule  # noqa: E402
 
 __all__ = [
     "AttnGate",
     "BlockMask",
     "GateConfig",
+    "GateKeyCache",
+    "Rule",
     "__version__",
     "attn_pool",
     "block_sparse_attn",
     "distill",
+    "gate_mask",
     "gate_scores",
     "gate_select",
     "pool_gate",
     "reference",
     "select",
+    "sparse_prefill",
 ]

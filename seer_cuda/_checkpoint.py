@@ -10,15 +10,21 @@ from torch import Tensor
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _GATE = "attn_gate."
+# The norms' weights: the name of the first decode checkpoints, and the present one.
+_NORMS = {f"mask_{side}norm.weight": f"attngate_{side}norm.weight" for side in "qk"}
 
 
-def released_gate_state(state: Mapping[str, Tensor], layer: int | None = None) -> dict[str, Tensor]:
+def released_gate_state(
+    state: Mapping[str, Tensor], layer: int | None = None, *, norms: bool = False
+) -> dict[str, Tensor]:
     """The weights of one prefill gate under the names of `AttnGate`, prefixes off.
 
     Args:
         state: A checkpoint, see `AttnGate.load_released_state_dict`. A whole model's state dict is
             fine: where keys carry layer numbers, only those with ``attn_gate.`` count.
         layer: Keep the keys of this layer only. None: keys must not carry layer numbers.
+        norms: The gate has norms of its embeddings (`GateConfig.qk_norm`), so their weights do not
+            make it a decode gate.
 
     Raises:
         KeyError: layer is None and the keys carry layer numbers.
@@ -36,9 +42,10 @@ def released_gate_state(state: Mapping[str, Tensor], layer: int | None = None) -
         number = numbers[key]
         if numbered and (number is None or int(number[1]) != layer or _GATE not in key):
             continue
-        own[key.rpartition(_GATE)[2]] = value
+        name = key.rpartition(_GATE)[2]
+        own[_NORMS.get(name, name) if norms else name] = value
     for name, value in own.items():
-        if _of_decode(name, value):
+        if not (norms and name in _NORMS.values()) and _of_decode(name, value):
             raise ValueError(
                 f"seer::AttnGate: {name}: expected the weights of a prefill gate, got a decode "
                 f"gate of SeerAttention-R (shape {list(value.shape)}). This class holds prefill "

@@ -121,6 +121,28 @@ def _pool_gate(x, weight=None, cos=None, sin=None, *, block=64, pools=4):
     return x.new_empty((batch, _ceil_div(rows, block), heads, gate_dim))
 
 
+@torch.library.register_fake("seer::_pool_gate_pair")
+def _pool_gate_pair(
+    q,
+    k,
+    weight_q,
+    weight_k,
+    cos_q,
+    sin_q,
+    cos_k,
+    sin_k,
+    block_q,
+    block_kv,
+    pools_q,
+    pools_k,
+):
+    _same_device("pool_gate", "q", q, k=k)
+    return (
+        _pool_gate(q, weight_q, cos_q, sin_q, block=block_q, pools=pools_q),
+        _pool_gate(k, weight_k, cos_k, sin_k, block=block_kv, pools=pools_k),
+    )
+
+
 @torch.library.register_fake("seer::_pool_gate_backward")
 def _pool_gate_backward(grad, x, weight, cos, sin, *, block, pools, need_x, need_weight):
     grad_x = x.new_empty(x.shape) if need_x else x.new_empty(0)

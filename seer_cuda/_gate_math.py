@@ -62,23 +62,29 @@ def pool_blocks(x: Tensor, block: int, pools: int) -> Tensor:
 
 
 def pool_blocks_backward(grad: Tensor, x: Tensor, block: int, pools: int) -> Tensor:
-    """Gradient of `pool_blocks` in x's dtype: max and min to the first element that attains it."""
-    parts, start = [], 0
-    for tokens in _block_groups(x, block):
-        here = grad[:, start : start + tokens.shape[1]]
-        start += tokens.shape[1]
-        kinds = list(here.split(x.shape[3], dim=-1))
-        total = torch.zeros_like(tokens, dtype=grad.dtype)
-        at = torch.arange(tokens.shape[2], device=x.device)[:, None, None]
-        # Comparing with the winner's index, not scattering to it: deterministic on every device.
+    """Gradient of `pool_blocks` in x's dtype: max and min to the first element that attains it.
+
+    One write of the result; beside it only block-sized tensors exist, and x is read for max and
+    min alone. A block has one winner per channel, so scattering cannot collide: deterministic.
+    """
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    start = 0
+    for tokens, out in zip(_block_groups(x, block), _block_groups(result, block), strict=True):
+        stop = start + tokens.shape[1]
+        parts = list(grad[:, start:stop].unsqueeze(2).split(x.shape[3], dim=-1))
+        start = stop
+        winners = []
         if pools & POOL_MAX:
-            total += kinds.pop(0).unsqueeze(2).where(at == tokens.argmax(2, keepdim=True), 0)
+            winners.append((tokens.argmax(2, keepdim=True), parts.pop(0)))
         if pools & POOL_MIN:
-            total += kinds.pop(0).unsqueeze(2).where(at == tokens.argmin(2, keepdim=True), 0)
-        if pools & POOL_AVG:
-            total += kinds.pop(0).unsqueeze(2) / tokens.shape[2]
-        parts.append(total.to(x.dtype).flatten(1, 2))
-    return torch.cat(parts, 1) if parts else torch.zeros_like(x)
+            winners.append((tokens.argmin(2, keepdim=True), parts.pop(0)))
+        shared = parts[0] / tokens.shape[2] if pools & POOL_AVG else grad.new_zeros(())
+        out.copy_(shared.expand_as(out))
+        for at, _ in winners:
+            # Maximum and minimum may be one token. All it gets is summed before it is rounded.
+            total = shared + sum(share.where(other == at, 0) for other, share in winners)
+            out.scatter_(2, at, total.to(x.dtype))
+    return result
 
 
 def rotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -91,6 +97,22 @@ def rotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = (table.to(y.dtype).unsqueeze(-2) for table in (cos, sin))
     first, second, rest = y.split([half, half, y.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+def norm_rotate(
+    y: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None
+) -> Tensor:
+    """RMSNorm over the channels, then `rotate`: what stands behind the projection where a gate
+    normalises its embeddings (SeerAttention-R, Gao et al. 2025, section 2.2).
+
+    y ``[batch, blocks, heads, gate_dim]``, weight ``[gate_dim]``. The mean square is taken in fp32;
+    the normalised value is rounded to y's dtype before the weight multiplies it, as the
+    reference's gates were trained.
+    """
+    wide = accumulation_dtype(y.dtype)
+    z = y.to(wide)
+    z = (z * (z.square().mean(-1, keepdim=True) + eps).rsqrt()).to(y.dtype) * weight.to(y.dtype)
+    return z if cos is None else rotate(z.to(wide), cos, sin).to(y.dtype)
 
 
 def _by_input_head(y: Tensor, heads: int) -> Tensor:

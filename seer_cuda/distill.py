@@ -4,7 +4,7 @@
 Prefill (SeerAttention, Gao et al. 2024, section 3.2): the 2-D pooled map, rows normalised.
 Decode (SeerAttention-R, Gao et al. 2025, section 2.3): the per-token map, maximum over the GQA
 group, the current block dropped, rows normalised. Everything is computed in fp32; a target is data
-and carries no gradient.
+and carries no gradient. `gate_kl` is the prefill loss without its score matrix, for long sequences.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from seer_cuda._gate_kl import GateKL
 
 #: The factor on the sum of all layers' losses in both recipes.
 LOSS_SCALE = 10.0
@@ -133,11 +135,7 @@ def gate_loss(
         raise ValueError(
             f"seer::gate_loss: kind: expected one of {', '.join(shares)}, got {kind!r}. Choose one."
         )
-    if reduction not in ("element_mean", "row_mean"):
-        raise ValueError(
-            "seer::gate_loss: reduction: expected element_mean or row_mean, got "
-            f"{reduction!r}. Choose one."
-        )
+    _check_reduction("gate_loss", reduction)
     _check_packing(scores, kind, cu_seqlens)
     rows, blocks = scores.shape[-2:]
     first = _dropped(rows, shares[kind], drop_rows)
@@ -167,6 +165,77 @@ def gate_loss(
     if reduction == "element_mean":
         maps *= blocks
     return (terms * weight).sum() * (loss_scale / maps)
+
+
+def gate_kl(
+    q_gate: Tensor,
+    k_gate: Tensor,
+    pooled: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    reduction: Literal["element_mean", "row_mean"] = "element_mean",
+    drop_rows: int | None = None,
+    loss_scale: float = LOSS_SCALE,
+) -> Tensor:
+    """The prefill loss from embeddings and map, without a score matrix: what to train long with.
+
+    ``gate_loss(gate_scores(q_gate, k_gate), target_prefill(pooled))`` (SeerAttention, Gao et al.
+    2024, section 3.2) in one pass over chunks of rows. Beside its arguments it needs memory for one
+    chunk and for the embeddings' gradients: at 64k tokens and 32 heads less than one score matrix
+    (128 MiB), of which the composition makes several.
+
+    Args:
+        q_gate: ``[batch, blocks_q, heads_q, gate_dim]``, from `AttnGate.embed` or `pool_gate`.
+        k_gate: ``[batch, blocks_kv, heads_k, gate_dim]``, of q_gate's dtype; heads_k divides
+            heads_q.
+        pooled: ``[batch, heads_q, blocks_q, blocks_kv]`` >= 0, `attn_pool`'s map as it is (rows
+            are normalised here) or `target_prefill`'s. What it holds on hidden blocks is left out.
+        scale, causal: As in `seer_cuda.gate_scores`.
+        reduction, drop_rows, loss_scale: As in `gate_loss`; by default a quarter of the rows is
+            left out.
+
+    Returns:
+        fp32 scalar (float64 for float64 embeddings), differentiable once in q_gate and k_gate.
+        Rows without a target or a visible block add 0 and count in the mean.
+
+    Raises:
+        ValueError: unknown reduction, embeddings or a map of another shape, or no row left.
+        RuntimeError: embeddings that `seer_cuda.gate_scores` refuses.
+    """
+    _check_reduction("gate_kl", reduction)
+    for name, gate in (("q_gate", q_gate), ("k_gate", k_gate)):
+        if gate.dim() != 4:
+            raise ValueError(
+                f"seer::gate_kl: {name}: expected [batch, blocks, heads, gate_dim], got "
+                f"{list(gate.shape)}. Pass what AttnGate.embed returns."
+            )
+    shape = (q_gate.shape[0], q_gate.shape[2], q_gate.shape[1], k_gate.shape[1])
+    if tuple(pooled.shape) != shape:
+        raise ValueError(
+            "seer::gate_kl: pooled: expected [batch, heads_q, blocks_q, blocks_kv] = "
+            f"{list(shape)}, got {list(pooled.shape)}. Pool the attention with the gate's block "
+            "sizes."
+        )
+    rows, blocks = shape[2:]
+    first = _dropped(rows, 4, drop_rows)
+    if not 0 <= first < rows:
+        raise ValueError(
+            f"seer::gate_kl: drop_rows: expected 0 to {rows - 1}, got {first}. Keep a row."
+        )
+    terms = shape[0] * shape[1] * (rows - first)
+    if reduction == "element_mean":
+        terms *= blocks
+    options = {"scale": scale, "causal": causal, "first_row": first}
+    return GateKL.apply(q_gate, k_gate, pooled.detach(), loss_scale / max(1, terms), options)
+
+
+def _check_reduction(op: str, reduction: str) -> None:
+    if reduction not in ("element_mean", "row_mean"):
+        raise ValueError(
+            f"seer::{op}: reduction: expected element_mean or row_mean, got {reduction!r}. Choose "
+            "one."
+        )
 
 
 def _check_packing(scores: Tensor, kind: str, cu_seqlens: Tensor | None) -> None:

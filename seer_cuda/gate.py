@@ -10,104 +10,26 @@ checkpoints (``mask_linear_q.weight``, ``mask_linear_k.weight``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from seer_cuda._checkpoint import released_gate_state
 from seer_cuda._contracts import check_gate_alignment
-from seer_cuda.block_mask import BlockMask
-from seer_cuda.ops import POOLS, Method, gate_scores, gate_select, pool_bits, pool_gate
+from seer_cuda._gate_config import GATE_NAMES, GateConfig
+from seer_cuda._gate_math import norm_rotate
+from seer_cuda.block_mask import BlockMask, ceil_div
+from seer_cuda.ops import POOLS, Method, gate_scores, pool_gate
+from seer_cuda.prefill import gate_mask
+from seer_cuda.select import Rule
 
-_POOL_SETS = ("max", "min", "avg", "maxmin", "maxavg", "minavg", "maxminavg")
+if TYPE_CHECKING:
+    from seer_cuda.gate_cache import GateKeyCache
 
-#: The 49 gates of the reference.
-GATE_NAMES: tuple[str, ...] = tuple(f"Q{q}_K{k}" for q in _POOL_SETS for k in _POOL_SETS)
+_Tables = tuple[Tensor | None, Tensor | None]
 
-
-@dataclass(frozen=True)
-class GateConfig:
-    """Shape of an `AttnGate`.
-
-    Attributes:
-        heads_q: Query heads of the model.
-        heads_kv: KV heads; divides heads_q.
-        head_dim: Channels per head.
-        name: Pooling, one of `GATE_NAMES`. All released prefill gates are ``Qavg_Kmaxminavg``.
-        gate_dim: Channels of the gate embedding.
-        block: Tokens per block, of q and of k.
-        force_double: Project q even where the single-linear mode is possible.
-        rope_theta: Base of the rotary frequencies (unused if the gate is given inv_freq).
-        rotary_dim: Rotated channels, even, at most gate_dim. Default: gate_dim.
-        attention_scaling: Factor on cos and sin (YaRN).
-        init_std: Standard deviation of the initial weights.
-
-    Raises:
-        ValueError: a field outside its contract.
-    """
-
-    heads_q: int
-    heads_kv: int
-    head_dim: int
-    name: str = "Qavg_Kmaxminavg"
-    gate_dim: int = 128
-    block: int = 64
-    force_double: bool = False
-    rope_theta: float = 10000.0
-    rotary_dim: int | None = None
-    attention_scaling: float = 1.0
-    init_std: float = 0.02
-    q_pools: int = field(init=False)
-    k_pools: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.name not in GATE_NAMES:
-            raise ValueError(
-                f"seer::AttnGate: name: expected Q<pools>_K<pools> with pools one of "
-                f"{', '.join(_POOL_SETS)}, got {self.name!r}. Use Qavg_Kmaxminavg."
-            )
-        q_pools, k_pools = self.name.removeprefix("Q").split("_K")
-        object.__setattr__(self, "q_pools", pool_bits(q_pools))
-        object.__setattr__(self, "k_pools", pool_bits(k_pools))
-        for name in ("heads_q", "heads_kv", "head_dim", "gate_dim", "block"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"seer::AttnGate: {name}: expected at least 1, got {getattr(self, name)}. "
-                    "Take it from the model's configuration."
-                )
-        if self.heads_q % self.heads_kv:
-            raise ValueError(
-                f"seer::AttnGate: heads_kv: expected a divisor of heads_q = {self.heads_q}, got "
-                f"{self.heads_kv}. Take both from the model's configuration."
-            )
-        if self.rotary % 2 or not 0 <= self.rotary <= self.gate_dim:
-            raise ValueError(
-                f"seer::AttnGate: rotary_dim: expected an even number from 0 to gate_dim = "
-                f"{self.gate_dim}, got {self.rotary}. Leave it out to rotate every channel."
-            )
-
-    @property
-    def rotary(self) -> int:
-        """Rotated channels."""
-        return self.gate_dim if self.rotary_dim is None else self.rotary_dim
-
-    @property
-    def single_linear(self) -> bool:
-        """Whether pooled q is used as it is and k has one matrix per query head."""
-        one_pool = self.q_pools.bit_count() == 1
-        return one_pool and self.gate_dim == self.head_dim and not self.force_double
-
-    def weight_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """Parameter names and shapes ``[heads, n_pools * head_dim, gate_dim]``."""
-        k_in = self.k_pools.bit_count() * self.head_dim
-        if self.single_linear:
-            return {"mask_linear_k.weight": (self.heads_q, k_in, self.gate_dim)}
-        q_in = self.q_pools.bit_count() * self.head_dim
-        return {
-            "mask_linear_q.weight": (self.heads_q, q_in, self.gate_dim),
-            "mask_linear_k.weight": (self.heads_kv, k_in, self.gate_dim),
-        }
+_SHORTEST_TABLE = 64  # blocks; tables grow in powers of two from here
 
 
 class HeadLinear(nn.Module):
@@ -134,6 +56,23 @@ class HeadLinear(nn.Module):
         return f"heads={heads}, in={width_in}, out={width_out}"
 
 
+class GateNorm(nn.Module):
+    """The weight of an embedding's RMSNorm, ``[gate_dim]``; applied by `AttnGate.embed`."""
+
+    def __init__(
+        self,
+        gate_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(gate_dim, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Sets the weight to 1."""
+        nn.init.ones_(self.weight)
+
+
 class AttnGate(nn.Module):
     """The learned gate. Inputs are q and k after projection, before RoPE.
 
@@ -141,7 +80,8 @@ class AttnGate(nn.Module):
 
     Single-linear mode (one q pooling, gate_dim == head_dim, not force_double): pooled q is used
     as it is and pooled k of head h // group meets one matrix per query head. Double-linear mode:
-    one matrix per query head for q, one per KV head for k.
+    one matrix per query head for q, one per KV head for k. With qk_norm, each embedding goes
+    through ``x / sqrt(mean(x^2) + norm_eps) * weight`` before RoPE.
 
     Args:
         config: The shape.
@@ -163,8 +103,11 @@ class AttnGate(nn.Module):
         super().__init__()
         self.config = config
         for name, shape in config.weight_shapes().items():
-            linear = HeadLinear(shape, config.init_std, device, dtype)
-            self.add_module(name.removesuffix(".weight"), linear)
+            if len(shape) == 1:
+                module: nn.Module = GateNorm(shape[0], device, dtype)
+            else:
+                module = HeadLinear(shape, config.init_std, device, dtype)
+            self.add_module(name.removesuffix(".weight"), module)
         half = config.rotary // 2
         if inv_freq is None:
             # On the CPU whatever the default device: under torch.device("meta") they need values.
@@ -192,18 +135,53 @@ class AttnGate(nn.Module):
 
     def _place_frequencies(self) -> None:
         self.inv_freq = self._frequencies.to(self.mask_linear_k.weight.device)
+        self._kept_tables: list[tuple[Tensor, Tensor]] = []
 
-    def rope_tables(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def rope_tables(self, positions: Tensor) -> _Tables:
         """cos and sin, fp32 ``[..., blocks, rotary / 2]``, at the first token of every block.
 
         positions: ``[..., rows]`` token positions. (None, None) where nothing rotates.
         """
         if self.config.rotary == 0:
             return None, None
-        first = positions[..., :: self.config.block]
-        angle = first[..., None].to(torch.float32) * self.inv_freq
+        return self._rope_at(positions[..., :: self.config.block])
+
+    def _rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angle = positions[..., None].to(torch.float32) * self.inv_freq
         scaling = self.config.attention_scaling
         return angle.cos() * scaling, angle.sin() * scaling
+
+    def _tables(self, positions: Tensor | None, first: int, rows: int) -> _Tables:
+        """RoPE tables of `rows` rows: at positions, or for None at first, first + 1, ..."""
+        if positions is not None or self.config.rotary == 0:
+            return (None, None) if positions is None else self.rope_tables(positions)
+        block = self.config.block
+        begin, end = first // block, ceil_div(first + rows, block)
+        if torch.compiler.is_compiling():
+            # Kept tables would tie the compiled code to one length.
+            blocks = torch.arange(begin, end, device=self.inv_freq.device)
+            return self._rope_at(blocks * block)
+        for cos, sin in self._kept_tables:
+            if cos.shape[0] >= end and cos.device == self.inv_freq.device:
+                return cos[begin:end], sin[begin:end]
+        cos, sin = self._long_tables(end)
+        return cos[begin:end], sin[begin:end]
+
+    def _long_tables(self, blocks: int) -> tuple[Tensor, Tensor]:
+        """Tables of at least this many blocks, kept for later calls.
+
+        They are eight launches that depend on nothing but the length. Shorter tables are never
+        dropped: a captured CUDA graph may read them.
+        """
+        blocks = max(_SHORTEST_TABLE, 1 << (blocks - 1).bit_length())
+        device, block = self.inv_freq.device, self.config.block
+        with torch.inference_mode(False), torch.no_grad():
+            tables = self._rope_at(torch.arange(blocks, device=device) * block)
+        # What is made during a capture holds no values until the replay; a fake tensor never does.
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not capturing and type(tables[0]) is Tensor:
+            self._kept_tables.append(tables)
+        return tables
 
     def embed(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Gate embeddings of q and k.
@@ -224,47 +202,116 @@ class AttnGate(nn.Module):
             ValueError: q, k or positions of another shape, rows_kv < rows_q, or a chunk that does
                 not start at a multiple of the block.
         """
-        self._check_inputs(q, k, positions)
+        self._check("q", q)
+        self._check("k", k, positions)
         rows_q, rows_kv = q.shape[1], k.shape[1]
-        if positions is None:
-            positions = torch.arange(rows_kv, device=k.device)
-        q_tables = self.rope_tables(positions[..., rows_kv - rows_q :])
-        k_tables = self.rope_tables(positions)
-        block = self.config.block
-        q_gate = pool_gate(
-            q, self._weight("mask_linear_q", q), *q_tables, block=block, pools=self.config.q_pools
-        )
-        k_gate = pool_gate(
-            k, self._weight("mask_linear_k", k), *k_tables, block=block, pools=self.config.k_pools
-        )
-        return q_gate, k_gate
-
-    def _check_inputs(self, q: Tensor, k: Tensor, positions: Tensor | None) -> None:
-        config = self.config
-        for name, x, heads in (("q", q, config.heads_q), ("k", k, config.heads_kv)):
-            if x.dim() != 4 or tuple(x.shape[2:]) != (heads, config.head_dim):
-                raise ValueError(
-                    f"seer::AttnGate: {name}: expected [batch, rows, {heads}, {config.head_dim}] "
-                    f"(heads, head_dim of the GateConfig), got {list(x.shape)}. Pass {name} "
-                    "before RoPE, one row per token."
-                )
-        rows_q, rows_kv = q.shape[1], k.shape[1]
-        if rows_kv < rows_q:
+        first = rows_kv - rows_q
+        if first < 0:
             raise ValueError(
                 f"seer::AttnGate: k: expected rows_kv of at least rows_q = {rows_q}, got "
                 f"{rows_kv}. Pass the keys of the whole prompt so far."
             )
-        if positions is not None and (positions.dim() < 1 or positions.shape[-1] != rows_kv):
-            raise ValueError(
-                f"seer::AttnGate: positions: expected rows_kv = {rows_kv} in the last dimension, "
-                f"got {list(positions.shape)}. Pass one position per KV row."
-            )
+        config = self.config
         check_gate_alignment("AttnGate", rows_q, rows_kv, config.block, config.block, "block")
+        at_q = None if positions is None else positions[..., first:]
+        tables_q = self._tables(at_q, first, rows_q)
+        tables_k = self._tables(positions, 0, rows_kv)
+        if torch.is_grad_enabled():
+            return self._embed_one("q", q, tables_q), self._embed_one("k", k, tables_k)
+        # One launch for both.
+        q_gate, k_gate = torch.ops.seer._pool_gate_pair(
+            q,
+            k,
+            self._weight("q", q),
+            self._weight("k", k),
+            *self._fused(tables_q),
+            *self._fused(tables_k),
+            config.block,
+            config.block,
+            config.q_pools,
+            config.k_pools,
+        )
+        return self._normed("q", q_gate, tables_q), self._normed("k", k_gate, tables_k)
 
-    def _weight(self, name: str, x: Tensor) -> Tensor | None:
-        if name == "mask_linear_q" and self.config.single_linear:
+    def embed_q(self, q: Tensor, positions: Tensor | None = None, *, first: int = 0) -> Tensor:
+        """Gate embedding of q alone, e.g. of a later chunk against kept keys.
+
+        Args:
+            q: ``[batch, rows, heads_q, head_dim]``, before RoPE.
+            positions: Token positions of these rows, ``[rows]`` or ``[batch|1, rows]``. Default:
+                first, first + 1, ...
+            first: Index of the first row in its sequence, a multiple of the block.
+
+        Returns:
+            ``[batch, blocks, heads_q, gate_dim]`` of q's dtype.
+
+        Raises:
+            ValueError: q or positions of another shape, or first is no multiple of the block.
+        """
+        return self._embed_alone("q", q, positions, first)
+
+    def embed_k(self, k: Tensor, positions: Tensor | None = None, *, first: int = 0) -> Tensor:
+        """Gate embedding of k alone: what a cache of gate keys holds (`GateKeyCache`).
+
+        Args:
+            k: ``[batch, rows, heads_kv, head_dim]``, before RoPE.
+            positions, first: As in `embed_q`.
+
+        Returns:
+            ``[batch, blocks, heads_q (single-linear) or heads_kv, gate_dim]`` of k's dtype.
+
+        Raises:
+            ValueError: k or positions of another shape, or first is no multiple of the block.
+        """
+        return self._embed_alone("k", k, positions, first)
+
+    def _embed_alone(self, side: str, x: Tensor, positions: Tensor | None, first: int) -> Tensor:
+        self._check(side, x, positions)
+        if first < 0 or first % self.config.block:
+            raise ValueError(
+                f"seer::AttnGate: first: expected a multiple of block = {self.config.block}, got "
+                f"{first}. Start chunks at multiples of the block."
+            )
+        return self._embed_one(side, x, self._tables(positions, first, x.shape[1]))
+
+    def _embed_one(self, side: str, x: Tensor, tables: _Tables) -> Tensor:
+        config = self.config
+        pools = config.q_pools if side == "q" else config.k_pools
+        weight = self._weight(side, x)
+        gate = pool_gate(x, weight, *self._fused(tables), block=config.block, pools=pools)
+        return self._normed(side, gate, tables)
+
+    def _fused(self, tables: _Tables) -> _Tables:
+        """The tables that `pool_gate` applies: none where a norm stands before RoPE."""
+        return (None, None) if self.config.qk_norm else tables
+
+    def _normed(self, side: str, gate: Tensor, tables: _Tables) -> Tensor:
+        if not self.config.qk_norm:
+            return gate
+        norm = self.attngate_qnorm if side == "q" else self.attngate_knorm
+        return norm_rotate(gate, norm.weight, self.config.norm_eps, *tables)
+
+    def _weight(self, side: str, x: Tensor) -> Tensor | None:
+        if side == "q" and self.config.single_linear:
             return None
-        return getattr(self, name).weight.to(x.dtype)
+        linear = self.mask_linear_q if side == "q" else self.mask_linear_k
+        return linear.weight.to(x.dtype)
+
+    def _check(self, side: str, x: Tensor, positions: Tensor | None = None) -> None:
+        config = self.config
+        heads = config.heads_q if side == "q" else config.heads_kv
+        if x.dim() != 4 or tuple(x.shape[2:]) != (heads, config.head_dim):
+            raise ValueError(
+                f"seer::AttnGate: {side}: expected [batch, rows, {heads}, {config.head_dim}] "
+                f"(heads, head_dim of the GateConfig), got {list(x.shape)}. Pass {side} before "
+                "RoPE, one row per token."
+            )
+        rows = x.shape[1]
+        if positions is not None and (positions.dim() < 1 or positions.shape[-1] != rows):
+            raise ValueError(
+                f"seer::AttnGate: positions: expected {rows} in the last dimension, got "
+                f"{list(positions.shape)}. Pass one position per row of {side}."
+            )
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> Tensor:
         """Gate scores, fp32 ``[batch, heads_q, blocks_q, blocks_kv]``, -inf where not visible.
@@ -277,7 +324,7 @@ class AttnGate(nn.Module):
     def select(
         self,
         q: Tensor,
-        k: Tensor,
+        k: Tensor | GateKeyCache,
         method: Method = "threshold",
         value: float = 5e-4,
         positions: Tensor | None = None,
@@ -286,28 +333,12 @@ class AttnGate(nn.Module):
         local: int = 0,
         dense_last_rows: int = 0,
     ) -> BlockMask:
-        """The block mask for these q and k; `seer_cuda.gate_select` explains the options.
+        """The block mask for these q and k: `seer_cuda.gate_mask` with the rule spelled out.
 
-        Arguments q, k, positions and errors as in `embed`. No gradient flows through a selection.
-
-        The gate was trained on pooled blocks of queries. rows_q < block, a decode step above all,
-        is outside of that distribution: the paper keeps decode dense, and so should the caller.
+        Arguments q, k, positions and errors as in `seer_cuda.gate_mask`, the others as in
+        `seer_cuda.select.Rule`.
         """
-        with torch.no_grad():
-            q_gate, k_gate = self.embed(q, k, positions)
-            return gate_select(
-                q_gate,
-                k_gate,
-                method=method,
-                value=value,
-                sink=sink,
-                local=local,
-                dense_last_rows=dense_last_rows,
-                block_q=self.config.block,
-                block_kv=self.config.block,
-                rows_q=q.shape[1],
-                rows_kv=k.shape[1],
-            )
+        return gate_mask(q, k, self, Rule(method, value, sink, local, dense_last_rows), positions)
 
     def load_released_state_dict(
         self, state: Mapping[str, Tensor], layer: int | None = None
@@ -329,7 +360,7 @@ class AttnGate(nn.Module):
             ValueError: a weight has another shape (names the key and both shapes) or no values
                 (meta), or the checkpoint is a decode gate of SeerAttention-R.
         """
-        own = released_gate_state(state, layer)
+        own = released_gate_state(state, layer, norms=self.config.qk_norm)
         expected = self.config.weight_shapes()
         where = "" if layer is None else f" of layer {layer}"
         for name, shape in expected.items():
@@ -366,4 +397,4 @@ class AttnGate(nn.Module):
         return self
 
 
-__all__ = ["GATE_NAMES", "POOLS", "AttnGate", "GateConfig", "HeadLinear", "released_gate_state"]
+__all__ = ["GATE_NAMES", "POOLS", "AttnGate", "GateConfig", "GateNorm", "HeadLinear"]

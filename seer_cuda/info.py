@@ -81,22 +81,26 @@ def _on_gpu(op: str, core: Any, sm: int) -> str:
     how = _implementation(op, "CUDA")
     if core is None or how != _COMPILED["CUDA"]:
         return how
+    otherwise = "torch operations" if op in _composite.fallback_ops() else ""
     if not core.build_info()["cuda"]:
-        return "none: built without CUDA"
+        return otherwise or "none: built without CUDA"
     variants = [v for v in core.variants() if v["op"] == op]
     if not variants:
         return how
     served = {_problem(v) for v in variants if _explain(core, v, sm) == ""}
-    return f"{how}, {len(served)} shapes" if served else f"none: no kernel for sm_{sm}"
+    if not served:
+        return otherwise or f"none: no kernel for sm_{sm}"
+    return f"{how}, {len(served)} shapes" + (f"; else {otherwise}" if otherwise else "")
 
 
 def _problem(variant: dict[str, Any]) -> tuple[Any, ...]:
-    return variant["dtype"], variant["head_dim"], variant["block_q"]
+    # Kernels without a block size of their own serve all of them, None here.
+    return variant["op"], variant["dtype"], variant["head_dim"], variant.get("block_q")
 
 
 def _explain(core: Any, variant: dict[str, Any], sm: int) -> str:
-    dtype, head_dim, block_q = _problem(variant)
-    return core.explain(variant["op"], sm, dtype, head_dim, block_q, variant["tile_kv"])
+    op, dtype, head_dim, block_q = _problem(variant)
+    return core.explain(op, sm, dtype, head_dim, block_q or 64, variant.get("tile_kv", 64))
 
 
 def _kernel(core: Any, variant: dict[str, Any], sms: list[int]) -> dict[str, Any]:
@@ -145,7 +149,8 @@ def as_text(about: dict[str, Any]) -> str:
     if about["kernels"]:
         header = ["compiled kernel", "registers", "smem", "used on"]
         kernels = [
-            [k["name"], _registers(k), str(k["smem_bytes"]), _used(k)] for k in about["kernels"]
+            [k["name"], _registers(k), str(k.get("smem_bytes", "-")), _used(k)]
+            for k in about["kernels"]
         ]
         lines += ["", *_columns([header, *kernels])]
     return "\n".join(lines)

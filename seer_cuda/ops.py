@@ -30,12 +30,10 @@ from seer_cuda._contracts import (
 )
 from seer_cuda._gate_math import POOL_AVG, POOL_MAX, POOL_MIN
 from seer_cuda.block_mask import BlockMask
-from seer_cuda.select import resolve_method
+from seer_cuda.select import Method, resolve_method
 
 #: Poolings in the order of their channels, and their bits in ``torch.ops.seer.pool_gate``.
 POOLS: dict[str, int] = {"max": POOL_MAX, "min": POOL_MIN, "avg": POOL_AVG}
-
-Method = Literal["threshold", "topk", "density", "topp"]
 
 
 @overload

@@ -10,6 +10,8 @@ a host synchronisation.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +27,9 @@ METHODS: dict[str, int] = {
     "density": _gate_math.DENSITY,
     "topp": _gate_math.TOP_P,
 }
+
+
+Method = Literal["threshold", "topk", "density", "topp"]
 
 
 def resolve_method(op: str, method: str, value: float) -> tuple[int, float]:
@@ -62,6 +67,33 @@ def resolve_method(op: str, method: str, value: float) -> tuple[int, float]:
             "See seer_cuda.gate_select for the methods and their values."
         )
     return METHODS[method], float(value)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which blocks a row of the gate's scores keeps; `seer_cuda.gate_select` has the definitions.
+
+    Attributes:
+        method: ``"threshold"``, ``"topk"``, ``"density"`` or ``"topp"``.
+        value: The method's parameter.
+        sink: First blocks that every row keeps besides, where visible.
+        local: Last visible blocks that every row keeps besides; 1 is the diagonal.
+        dense_last_rows: Last query-block rows that keep every visible block.
+
+    Raises:
+        ValueError: unknown method, a value out of its range, or a negative count.
+        TypeError: value is not a number.
+    """
+
+    method: Method = "threshold"
+    value: float = 5e-4
+    sink: int = 0
+    local: int = 0
+    dense_last_rows: int = 0
+
+    def __post_init__(self) -> None:
+        resolve_method("Rule", self.method, self.value)
+        check_forced("Rule", self.sink, self.local, self.dense_last_rows)
 
 
 def density_to_k(density: float, blocks_kv: int) -> int:

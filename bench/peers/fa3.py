@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import torch
 
-from bench.cases import Case
+from bench.cases import ATTENTION, Case
 from bench.problem import Problem
 
 NAME = "fa3"
+OPS = (ATTENTION, "sparse_prefill")
 
 
 def available() -> str:
@@ -31,8 +32,8 @@ def available() -> str:
 
 
 def supports(case: Case) -> bool:
-    """Dense attention, causal or not."""
-    return case.mask == "dense"
+    """Dense attention, causal or not; also as what a gate's whole pipeline replaces."""
+    return case.mask == "dense" or case.op == "sparse_prefill"
 
 
 def build(problem: Problem) -> Callable:

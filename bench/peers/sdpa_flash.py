@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.cases import Case
+from bench.cases import ATTENTION, Case
 from bench.problem import Problem
 
 NAME = "sdpa_flash"
+OPS = (ATTENTION, "sparse_prefill")
 
 
 def available() -> str:
@@ -20,8 +21,10 @@ def available() -> str:
 
 
 def supports(case: Case) -> bool:
-    """Dense attention; torch aligns its causal diagonal at the top left."""
-    return case.mask == "dense" and (not case.causal or case.rows_q == case.rows_kv)
+    """Dense attention, also as what a gate's whole pipeline replaces; torch aligns its causal
+    diagonal at the top left."""
+    dense = case.mask == "dense" or case.op == "sparse_prefill"
+    return dense and (not case.causal or case.rows_q == case.rows_kv)
 
 
 def build(problem: Problem, backend: SDPBackend = SDPBackend.FLASH_ATTENTION) -> Callable:

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // block_sparse_attn on CUDA: checks the params, picks the kernel, enqueues it.
-#include <cuda_runtime_api.h>
-
 #include <cmath>
 #include <cstdint>
 #include <string>
 
 #include "block_sparse_attn/variant.h"
 #include "common/cuda_status.h"
+#include "common/device.h"
 #include "common/varlen_fill.h"
 
 namespace seer {
@@ -19,7 +18,7 @@ using Launch = int (*)(const BlockSparseAttnParams&, CUstream_st*);
 constexpr Launch kLaunch[] = {
 #define SEER_VARIANT(name, sm, dtype, ...) \
   &launch_variant<BlockSparseAttnKey{sm, dtype_named(#dtype), __VA_ARGS__}>,
-#include "variants.inc"
+#include "block_sparse_attn_variants.inc"
 #undef SEER_VARIANT
 };
 
@@ -118,19 +117,6 @@ Status check_workspace(const BlockSparseAttnVariant& variant, const int32_t* wor
   return Status::invalid("workspace: expected " + std::to_string(kBlockSparseAttnWorkspaceBytes) +
                          " bytes of device memory aligned to 4 bytes, got address " +
                          std::to_string(address) + ". Allocate it beside lse.");
-}
-
-Status device_sm(int* sm) {
-  int device = 0, major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  }
-  *sm = 10 * major + minor;
-  return cuda_status(error, "asking for the device's compute capability");
 }
 
 VarlenFillParams fill_params(const BlockSparseAttnParams& p) {

@@ -7,10 +7,9 @@
 #pragma once
 
 #include <cstdint>
-#include <string_view>
 
+#include "common/variant_key.h"
 #include "seer/block_sparse_attn.h"
-#include "seer/types.h"
 
 namespace seer {
 
@@ -23,12 +22,6 @@ struct BlockSparseAttnKey {
   int threads;  // this and smem_bytes are asserted to be the kernel's own
   int smem_bytes;
 };
-
-constexpr DType dtype_named(std::string_view name) {
-  return name == "bfloat16"  ? DType::kBFloat16
-         : name == "float16" ? DType::kFloat16
-                             : DType::kFloat32;
-}
 
 // Enqueues one kernel with params that were checked; returns the cudaError_t.
 template <BlockSparseAttnKey kKey>

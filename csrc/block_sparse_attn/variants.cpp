@@ -99,7 +99,7 @@ std::string explain(const BlockSparseAttnParams& params, int sm) {
 const std::vector<BlockSparseAttnVariant>& block_sparse_attn_variants() {
   static const std::vector<BlockSparseAttnVariant> table = {
 #define SEER_VARIANT(name, sm, dtype, ...) {#name, sm, dtype_named(#dtype), __VA_ARGS__},
-#include "variants.inc"
+#include "block_sparse_attn_variants.inc"
 #undef SEER_VARIANT
   };
   return table;

@@ -2,6 +2,7 @@
 // The launch functions of a CPU-only build: they say so, and nothing else.
 #include "seer/block_bits.h"
 #include "seer/block_sparse_attn.h"
+#include "seer/pool_gate.h"
 
 namespace seer {
 namespace {
@@ -23,5 +24,11 @@ Status launch_unpack_block_bits(const UnpackBlockBitsParams&, CUstream_st*) {
 Status launch_block_bits_from_indices(const BlockBitsFromIndicesParams&, CUstream_st*) {
   return no_cuda("indices");
 }
+bool pool_gate_served(const PoolGateParams*, int) { return false; }
+bool gate_scores_served(const GateScoresParams&) { return false; }
+bool gate_select_served(const GateSelectParams&) { return false; }
+Status launch_pool_gate(const PoolGateParams*, int, CUstream_st*) { return no_cuda("x"); }
+Status launch_gate_scores(const GateScoresParams&, CUstream_st*) { return no_cuda("q_gate"); }
+Status launch_gate_select(const GateSelectParams&, CUstream_st*) { return no_cuda("q_gate"); }
 
 }  // namespace seer

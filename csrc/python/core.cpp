@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -12,6 +14,7 @@
 #include "build_info.h"
 #include "seer/block_bits.h"
 #include "seer/block_sparse_attn.h"
+#include "seer/pool_gate.h"
 
 namespace py = pybind11;
 
@@ -36,31 +39,71 @@ seer::DType dtype_from(const std::string& name) {
   throw py::value_error("dtype: expected 'float16', 'bfloat16' or 'float32', got '" + name + "'");
 }
 
+// {architecture: registers per thread}; of several kernels in one source the most.
+py::dict registers_of(const char* name) {
+  std::map<std::string, int> registers;
+  for (const auto& resource : kResources)
+    if (resource.name && std::string(resource.name) == name)
+      registers[resource.arch] = std::max(registers[resource.arch], resource.registers);
+  return py::cast(registers);
+}
+
+template <class Variant>
+py::dict row_of(const char* op, const Variant& variant, int head_dim) {
+  py::dict row;
+  row["op"] = op;
+  row["name"] = variant.name;
+  row["sm"] = variant.sm;
+  row["dtype"] = seer::name_of(variant.dtype);
+  row["head_dim"] = head_dim;
+  row["registers"] = registers_of(variant.name);
+  return row;
+}
+
 std::vector<py::dict> variants() {
   std::vector<py::dict> rows;
   for (const auto& variant : seer::block_sparse_attn_variants()) {
-    py::dict registers;
-    for (const auto& resource : kResources)
-      if (resource.name && std::string(resource.name) == variant.name)
-        registers[resource.arch] = resource.registers;
-    py::dict row;
-    row["op"] = "block_sparse_attn";
-    row["name"] = variant.name;
-    row["sm"] = variant.sm;
-    row["dtype"] = seer::name_of(variant.dtype);
-    row["head_dim"] = variant.head_dim;
+    py::dict row = row_of("block_sparse_attn", variant, variant.head_dim);
     row["block_q"] = variant.block_q;
     row["tile_kv"] = variant.tile_kv;
     row["threads"] = variant.threads;
     row["smem_bytes"] = variant.smem_bytes;
-    row["registers"] = registers;
     rows.push_back(row);
   }
+  for (const auto& variant : seer::pool_gate_variants())
+    rows.push_back(row_of("pool_gate", variant, variant.dim));
+  for (const auto& variant : seer::gate_scores_variants())
+    rows.push_back(row_of("gate_scores", variant, variant.dim));
+  for (const auto& variant : seer::gate_select_variants())
+    rows.push_back(row_of("gate_select", variant, variant.dim));
   return rows;
+}
+
+// One row of one head: what the tables of the gate's ops say of a dtype and a dimension.
+int find_gate_variant(const std::string& op, int sm, seer::DType dtype, int dim,
+                      std::string* why_not) {
+  if (op == "pool_gate") {
+    seer::PoolGateParams params;
+    params.dtype = dtype;
+    params.batch = params.heads = params.heads_out = 1;
+    params.rows = 1;
+    params.head_dim = params.gate_dim = dim;
+    return seer::find_pool_gate_variant(params, sm, why_not);
+  }
+  seer::GateSelectParams params;
+  params.gate.dtype = dtype;
+  params.gate.batch = params.gate.heads_q = params.gate.heads_k = 1;
+  params.gate.blocks_q = params.gate.blocks_kv = 1;
+  params.gate.gate_dim = dim;
+  return op == "gate_scores" ? seer::find_gate_scores_variant(params.gate, sm, why_not)
+                             : seer::find_gate_select_variant(params, sm, why_not);
 }
 
 std::string explain(const std::string& op, int sm, const std::string& dtype, int head_dim,
                     int block_q, int block_kv) {
+  std::string why_not;
+  if (op == "pool_gate" || op == "gate_scores" || op == "gate_select")
+    return find_gate_variant(op, sm, dtype_from(dtype), head_dim, &why_not) >= 0 ? "" : why_not;
   if (op != "block_sparse_attn")
     return "no compiled CUDA kernel for " + op + ": it runs as torch operations on the GPU";
   seer::BlockSparseAttnParams params;
@@ -68,7 +111,6 @@ std::string explain(const std::string& op, int sm, const std::string& dtype, int
   params.head_dim = head_dim;
   params.block_q = block_q;
   params.block_kv = block_kv;
-  std::string why_not;
   return seer::find_block_sparse_attn_variant(params, sm, &why_not) >= 0 ? "" : why_not;
 }
 
@@ -142,9 +184,11 @@ PYBIND11_MODULE(_core, m) {
   m.def("version", [] { return kVersion; }, "Version of the compiled part.");
   m.def("build_info", &build_info,
         "dict: version, cuda (bool), cuda_version, archs (as SEER_ARCHS), compiler.");
-  m.def("variants", &variants,
-        "Compiled kernels: list of dicts op, name, sm, dtype, head_dim, block_q, tile_kv, threads, "
-        "smem_bytes, registers ({architecture: registers per thread}).");
+  m.def(
+      "variants", &variants,
+      "Compiled kernels: list of dicts op, name, sm, dtype, head_dim (gate_scores and gate_select: "
+      "gate_dim), registers ({architecture: registers per thread}); block_sparse_attn also "
+      "block_q, tile_kv, threads, smem_bytes.");
   m.def("explain", &explain, py::arg("op"), py::arg("sm"), py::arg("dtype"), py::arg("head_dim"),
         py::arg("block_q"), py::arg("block_kv"),
         "Why no compiled kernel serves this problem on compute capability sm (90 for 9.0); '' if "

@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "seer/block_sparse_attn.h"
+#include "seer/pool_gate.h"
 
 namespace {
 
@@ -91,6 +92,70 @@ void test_addressable() {
   expect_family(params, 90, has_family(90) ? 90 : 80);
 }
 
+seer::PoolGateParams pooling() {
+  seer::PoolGateParams params;
+  params.batch = params.heads = 2;
+  params.heads_out = 4;
+  params.head_dim = params.gate_dim = 128;
+  params.rows = 300;
+  params.pools = 7;
+  params.x = {nullptr, 300 * 256, 256, 128};
+  params.weight = &params;  // aligned, never read
+  return params;
+}
+
+seer::GateSelectParams selection() {
+  seer::GateSelectParams params;
+  params.gate.batch = params.gate.heads_q = params.gate.heads_k = 2;
+  params.gate.gate_dim = 64;
+  params.gate.blocks_q = params.gate.blocks_kv = 10;
+  params.gate.q_gate = params.gate.k_gate = {nullptr, 1280, 128, 64};
+  return params;
+}
+
+// Served by a row of the params' own type and dimension; after `change` refused, and why.
+template <class Params, class Find, class Change>
+void expect_gate_refusal(Params params, Find find, const std::string& text, Change change) {
+  alignas(16) static const char weight[16] = {};
+  if constexpr (requires { params.weight; }) params.weight = weight;
+  std::string why;
+  SEER_CHECK(find(params, 90, &why) >= 0, "%s", why.c_str());
+  change(params);
+  SEER_CHECK(find(params, 90, &why) < 0, "expected a refusal: %s", text.c_str());
+  SEER_CHECK(why.find(text) != std::string::npos, "expected '%s', got '%s'", text.c_str(),
+             why.c_str());
+}
+
+void test_gates() {
+  const auto pool = [](auto text, auto change) {
+    expect_gate_refusal(pooling(), &seer::find_pool_gate_variant, text, change);
+  };
+  pool("got float32, head_dim 128", [](auto& p) { p.dtype = seer::DType::kFloat32; });
+  pool("got bfloat16, head_dim 96", [](auto& p) { p.head_dim = 96; });
+  pool("weight: expected gate_dim 64 or 128, got 32", [](auto& p) { p.gate_dim = 32; });
+  pool("weight: expected data", [](auto& p) { p.weight = static_cast<const char*>(p.weight) + 2; });
+  pool("x: expected data", [](auto& p) { p.x.row_stride = 260; });
+  pool("x: expected data", [](auto& p) { p.x.data = reinterpret_cast<const void*>(8); });
+  const auto select = [](auto text, auto change) {
+    expect_gate_refusal(selection(), &seer::find_gate_select_variant, text, change);
+  };
+  select("got bfloat16, gate_dim 32", [](auto& p) { p.gate.gate_dim = 32; });
+  select("q_gate: expected data", [](auto& p) { p.gate.q_gate.head_stride = 66; });
+  select("k_gate: expected data", [](auto& p) { p.gate.k_gate.batch_stride = 1; });
+  select("blocks to rank, got 30000", [](auto& p) {
+    p.method = seer::SelectMethod::kTopK;
+    p.gate.blocks_kv = 30000;
+  });
+  std::string why;
+  auto params = selection();
+  params.gate.blocks_kv = 30000;  // a threshold ranks nothing
+  SEER_CHECK(seer::find_gate_select_variant(params, 90, &why) >= 0, "%s", why.c_str());
+  params.gate.batch = 1;  // a stride along a dimension of size 1 is never used
+  params.gate.q_gate.batch_stride = 1;
+  SEER_CHECK(seer::find_gate_select_variant(params, 120, &why) >= 0, "%s", why.c_str());
+  SEER_CHECK(seer::find_gate_scores_variant(params.gate, 75, &why) < 0, "sm_75");
+}
+
 }  // namespace
 
 int main() {
@@ -100,6 +165,7 @@ int main() {
     test_newest_family_that_serves();
     test_family_asked_for();
     test_addressable();
+    test_gates();
   }
   return seer::test::report("variants");
 }

@@ -43,20 +43,28 @@ STABLE_TORCH_LIBRARY(seer, m) {
   m.def("block_bits_from_indices(Tensor indices, Tensor counts, SymInt blocks_kv) -> Tensor");
   // For tests and benchmarks: by the kernels of one family alone (80 or 90; 0: as above).
   m.def("_block_sparse_attn_on" SEER_SPARSE_ARGS ", int arch=0) -> (Tensor out, Tensor lse)");
-  // The checks of the ops whose CUDA implementation is registered from Python.
+  // pool_gate of q and k, in one launch where a kernel serves both.
+  m.def(
+      "_pool_gate_pair(Tensor q, Tensor k, Tensor? weight_q, Tensor? weight_k, Tensor? cos_q, "
+      "Tensor? sin_q, Tensor? cos_k, Tensor? sin_k, SymInt block_q, SymInt block_kv, int pools_q, "
+      "int pools_k) -> (Tensor q_gate, Tensor k_gate)");
+  // The gate's ops as torch operations, for what no compiled CUDA kernel serves. Implemented in
+  // Python.
+  m.def("_pool_gate_torch" SEER_POOL_GATE_ARGS " -> Tensor");
+  m.def("_gate_scores_torch" SEER_GATE_SCORES_ARGS " -> Tensor");
+  m.def("_gate_select_torch" SEER_GATE_SELECT_ARGS " -> Tensor");
+  // The checks of an op whose CUDA implementation is registered from Python.
   m.def("_check_attn_pool" SEER_ATTN_POOL_ARGS " -> ()");
-  m.def("_check_pool_gate" SEER_POOL_GATE_ARGS " -> ()");
-  m.def("_check_gate_scores" SEER_GATE_SCORES_ARGS " -> ()");
-  m.def("_check_gate_select" SEER_GATE_SELECT_ARGS " -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seer, CPU, m) {
   m.impl("block_sparse_attn", TORCH_BOX(&seer::binding::block_sparse_attn));
   m.impl("_block_sparse_attn_on", TORCH_BOX(&seer::binding::block_sparse_attn_on));
   m.impl("attn_pool", TORCH_BOX(&seer::binding::attn_pool_cpu_op));
-  m.impl("pool_gate", TORCH_BOX(&seer::binding::pool_gate_cpu_op));
-  m.impl("gate_scores", TORCH_BOX(&seer::binding::gate_scores_cpu_op));
-  m.impl("gate_select", TORCH_BOX(&seer::binding::gate_select_cpu_op));
+  m.impl("pool_gate", TORCH_BOX(&seer::binding::pool_gate));
+  m.impl("_pool_gate_pair", TORCH_BOX(&seer::binding::pool_gate_pair));
+  m.impl("gate_scores", TORCH_BOX(&seer::binding::gate_scores));
+  m.impl("gate_select", TORCH_BOX(&seer::binding::gate_select));
   m.impl("pack_block_bits", TORCH_BOX(&seer::binding::pack_block_bits));
   m.impl("unpack_block_bits", TORCH_BOX(&seer::binding::unpack_block_bits));
   m.impl("block_bits_from_indices", TORCH_BOX(&seer::binding::block_bits_from_indices));
@@ -65,6 +73,10 @@ STABLE_TORCH_LIBRARY_IMPL(seer, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(seer, CUDA, m) {
   m.impl("block_sparse_attn", TORCH_BOX(&seer::binding::block_sparse_attn));
   m.impl("_block_sparse_attn_on", TORCH_BOX(&seer::binding::block_sparse_attn_on));
+  m.impl("pool_gate", TORCH_BOX(&seer::binding::pool_gate));
+  m.impl("_pool_gate_pair", TORCH_BOX(&seer::binding::pool_gate_pair));
+  m.impl("gate_scores", TORCH_BOX(&seer::binding::gate_scores));
+  m.impl("gate_select", TORCH_BOX(&seer::binding::gate_select));
   m.impl("pack_block_bits", TORCH_BOX(&seer::binding::pack_block_bits));
   m.impl("unpack_block_bits", TORCH_BOX(&seer::binding::unpack_block_bits));
   m.impl("block_bits_from_indices", TORCH_BOX(&seer::binding::block_bits_from_indices));
@@ -72,7 +84,4 @@ STABLE_TORCH_LIBRARY_IMPL(seer, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(seer, CompositeExplicitAutograd, m) {
   m.impl("_check_attn_pool", TORCH_BOX(&seer::binding::check_attn_pool));
-  m.impl("_check_pool_gate", TORCH_BOX(&seer::binding::check_pool_gate));
-  m.impl("_check_gate_scores", TORCH_BOX(&seer::binding::check_gate_scores));
-  m.impl("_check_gate_select", TORCH_BOX(&seer::binding::check_gate_select));
 }

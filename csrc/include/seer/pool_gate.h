@@ -6,9 +6,13 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "seer/status.h"
 #include "seer/types.h"
+
+struct CUstream_st;  // cudaStream_t
 
 namespace seer {
 
@@ -65,6 +69,40 @@ struct GateSelectParams {
   int64_t dense_last_rows = 0;    // last query-block rows keep every visible block
   int32_t* block_bits = nullptr;  // [batch, heads_q, blocks_q, ceil(blocks_kv / 32)] contiguous
 };
+
+// One compiled CUDA kernel: a row of csrc/variants.json. It serves every block size.
+struct GateVariant {
+  const char* name;  // e.g. "pool_gate_sm80_bf16_d128"
+  int sm;            // 80: runs on every GPU from compute capability 8.0 on
+  DType dtype;
+  int dim;  // pool_gate: head_dim; gate_scores and gate_select: gate_dim
+};
+
+// The variants compiled into this library (empty in a CPU-only build).
+const std::vector<GateVariant>& pool_gate_variants();
+const std::vector<GateVariant>& gate_scores_variants();
+const std::vector<GateVariant>& gate_select_variants();
+
+// Index into the table of the variant that serves these params on a device of compute capability
+// `sm` (e.g. 90); or -1 with a reason. Kernels take the two 16-bit types, gate_dim 64 and 128, and
+// rows that start at multiples of 16 bytes.
+int find_pool_gate_variant(const PoolGateParams& params, int sm, std::string* why_not);
+int find_gate_scores_variant(const GateScoresParams& params, int sm, std::string* why_not);
+int find_gate_select_variant(const GateSelectParams& params, int sm, std::string* why_not);
+
+// Whether a variant serves the call on the current device, at most two problems of pool_gate in one
+// launch. Other failures count as served: the launch reports them.
+bool pool_gate_served(const PoolGateParams* problems, int count);
+bool gate_scores_served(const GateScoresParams& params);
+bool gate_select_served(const GateSelectParams& params);
+
+// Enqueue the kernel on `stream` of the current device: no allocation, no synchronisation. What no
+// variant serves is refused with Code::kUnsupported. Every element of the output is written.
+//
+// pool_gate embeds `count` (1 or 2) tensors of one dtype and head_dim, q and k say, in one launch.
+Status launch_pool_gate(const PoolGateParams* problems, int count, CUstream_st* stream);
+Status launch_gate_scores(const GateScoresParams& params, CUstream_st* stream);
+Status launch_gate_select(const GateSelectParams& params, CUstream_st* stream);
 
 Status pool_gate_cpu(const PoolGateParams& params, const ParallelFor& parallel_for);
 Status gate_scores_cpu(const GateScoresParams& params, const ParallelFor& parallel_for);

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launcher of the gate_select kernels; generated files instantiate it (variant.h).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/shared_memory_limit.cuh"
+#include "pool_gate/element_of.cuh"
+#include "pool_gate/gate_rank.cuh"
+#include "pool_gate/gate_threshold.cuh"
+#include "pool_gate/variant.h"
+
+namespace seer {
+
+// Rows whose keys fit at once, a power of two. Up to kMaxRankedBlocks one row fits everywhere.
+inline int rank_rows(const GateSelectParams& p, int smem_bytes) {
+  const bool mass = p.method == SelectMethod::kTopP;
+  int rows = dev::kRankRows;
+  while (rows > 1 && dev::rank_smem_bytes(p.gate.blocks_kv, rows, mass) > smem_bytes) rows /= 2;
+  return rows;
+}
+
+// Blocks that top-k or density keeps per row.
+inline int kept_blocks(const GateSelectParams& p) {
+  const double blocks_kv = static_cast<double>(p.gate.blocks_kv);
+  if (p.method == SelectMethod::kTopK) return static_cast<int>(std::clamp(p.value, 0.0, blocks_kv));
+  return std::max(1, static_cast<int>(std::floor((1.0 - std::sqrt(1.0 - p.value)) * blocks_kv)));
+}
+
+template <class Element, int kDim, int kMTiles>
+cudaError_t launch_threshold(const GateSelectParams& p, cudaStream_t stream) {
+  constexpr auto kKernel = &dev::select_threshold<Element, kDim, kMTiles>;
+  constexpr int kSmemBytes =
+      dev::KeyStream<Element, kDim, kMTiles, dev::kThresholdWarps>::kSmemBytes;
+  const int64_t tiles = ceil_div(p.gate.blocks_q, 16 * kMTiles * dev::kThresholdWarps);
+  const auto grid = static_cast<unsigned>(int64_t{p.gate.batch} * p.gate.heads_q * tiles);
+  kKernel<<<grid, 32 * dev::kThresholdWarps, kSmemBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <class Element, int kDim, class Rule>
+cudaError_t launch_ranks(const GateSelectParams& p, cudaStream_t stream) {
+  constexpr auto kKernel = &dev::select_ranks<Element, kDim, Rule>;
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  // The limit of the kernel, not of this call: it is raised once per device.
+  if (error == cudaSuccess) error = allow_shared_memory<kKernel>(most);
+  if (error != cudaSuccess) return error;
+  const int rows = rank_rows(p, most);
+  const auto smem_bytes = static_cast<size_t>(
+      dev::rank_smem_bytes(p.gate.blocks_kv, rows, p.method == SelectMethod::kTopP));
+  const int64_t tiles = ceil_div(p.gate.blocks_q, dev::kRankRows);
+  const auto grid = static_cast<unsigned>(int64_t{p.gate.batch} * p.gate.heads_q * tiles);
+  const int limit = p.method == SelectMethod::kTopP ? 0 : kept_blocks(p);
+  kKernel<<<grid, 32 * dev::kRankWarps, smem_bytes, stream>>>(p, limit, rows);
+  return cudaGetLastError();
+}
+
+template <GateKey kKey>
+int launch_gate_select_variant(const GateSelectParams& p, CUstream_st* stream) {
+  using Element = ElementOf<kKey.dtype>;
+  switch (p.method) {
+    case SelectMethod::kThreshold: {
+      // Twice the rows per CTA halve the traffic of keys; worth it once the GPU is full. A row's
+      // result is the same either way.
+      constexpr int64_t kEnough = 256;
+      const int64_t wide = ceil_div(p.gate.blocks_q, 32 * dev::kThresholdWarps);
+      return int64_t{p.gate.batch} * p.gate.heads_q * wide >= kEnough
+                 ? launch_threshold<Element, kKey.dim, 2>(p, stream)
+                 : launch_threshold<Element, kKey.dim, 1>(p, stream);
+    }
+    case SelectMethod::kTopK:
+    case SelectMethod::kDensity: return launch_ranks<Element, kKey.dim, dev::CountRule>(p, stream);
+    case SelectMethod::kTopP: return launch_ranks<Element, kKey.dim, dev::MassRule>(p, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace seer

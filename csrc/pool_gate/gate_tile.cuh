@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// Gate scores on tensor cores, the same bits in every kernel that needs them.
+//
+// A mma wants two registers per lane and column: channels 2 q, 2 q + 1 and 2 q + 8, 2 q + 9 of a
+// step of 16, q = lane % 4. Which channels those are does not matter as long as both operands
+// agree. So a lane takes 16 bytes, channels 8 q .. 8 q + 7 of a slice of 32, and feeds two steps
+// with them: no transposition, no ldmatrix, and the operands can come straight from global memory.
+#pragma once
+
+#include <cstdint>
+
+#include "common/async_copy.cuh"
+#include "common/mma_sm80.cuh"
+#include "common/warp.cuh"
+#include "seer/pool_gate.h"
+
+namespace seer::dev {
+
+constexpr int kWordColumns = 32;  // KV blocks per word of block bits: four n-tiles
+
+// What a CTA works on.
+struct GatePlace {
+  int batch, head, first_row;
+};
+
+// The longest rows of a causal triangle come first, so that the last CTAs are short ones.
+__device__ __forceinline__ GatePlace gate_place(const GateScoresParams& p, int tile_rows) {
+  const uint32_t heads = static_cast<uint32_t>(p.batch) * p.heads_q, cta = blockIdx.x;
+  const uint32_t tiles = static_cast<uint32_t>((p.blocks_q + tile_rows - 1) / tile_rows);
+  const uint32_t head = cta % heads;
+  return {static_cast<int>(head / p.heads_q), static_cast<int>(head % p.heads_q),
+          static_cast<int>(tiles - 1 - cta / heads) * tile_rows};
+}
+
+// Blocks [0, visible) of a row can be seen.
+__device__ __forceinline__ int visible_blocks(const GateScoresParams& p, int row) {
+  const int blocks_kv = static_cast<int>(p.blocks_kv);
+  if (!p.causal) return blocks_kv;
+  return min(max(row + 1 + blocks_kv - static_cast<int>(p.blocks_q), 0), blocks_kv);
+}
+
+__device__ __forceinline__ const char* gate_rows(const ConstView& view, int batch, int head) {
+  return static_cast<const char*>(view.data) +
+         2 * (batch * view.batch_stride + head * view.head_stride);
+}
+__device__ __forceinline__ const char* key_rows(const GateScoresParams& p, const GatePlace& at) {
+  return gate_rows(p.k_gate, at.batch, at.head / (p.heads_q / p.heads_k));
+}
+
+// Query rows of a warp: kMTiles times 16, from global memory. Rows past the end repeat the last.
+template <class Element, int kDim, int kMTiles>
+struct QueryRows {
+  static constexpr int kSlices = kDim / 32;
+  uint4 chunk[kMTiles][2][kSlices];  // rows lane / 4 and lane / 4 + 8
+
+  __device__ __forceinline__ QueryRows(const GateScoresParams& p, const GatePlace& at, int first) {
+    const int lane = lane_id(), last = static_cast<int>(p.blocks_q) - 1;
+    const char* q = gate_rows(p.q_gate, at.batch, at.head) + lane % 4 * 16;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = min(first + 16 * m + 8 * half + lane / 4, last);
+#pragma unroll
+        for (int s = 0; s < kSlices; ++s) {
+          chunk[m][half][s] =
+              __ldg(reinterpret_cast<const uint4*>(q + 2 * row * p.q_gate.row_stride + 64 * s));
+        }
+      }
+    }
+  }
+
+  // c += the products with one n-tile's keys, slice s.
+  __device__ __forceinline__ void multiply(float (&c)[4], int m, int s, const uint4& keys) const {
+    const uint4 &upper = chunk[m][0][s], &lower = chunk[m][1][s];
+    mma_16x8x16<Element>(c, {upper.x, lower.x, upper.y, lower.y}, keys.x, keys.y);
+    mma_16x8x16<Element>(c, {upper.z, lower.z, upper.w, lower.w}, keys.z, keys.w);
+  }
+};
+
+// Streams the key tiles of one head through shared memory and hands the raw products of each word's
+// 32 columns to the visitor: accumulators of columns 8 t + accumulator_col.
+template <class Element, int kDim, int kMTiles, int kWarps>
+class KeyStream {
+ public:
+  static constexpr int kKeys = 64;
+  // 64 bytes of padding: the two rows that a quarter-warp reads 64 bytes of use all banks.
+  static constexpr int kRowBytes = 2 * kDim + 64;
+  static constexpr int kSmemBytes = 2 * kKeys * kRowBytes;
+  using Scores = float[kMTiles][4][4];
+
+  __device__ __forceinline__ KeyStream(const GateScoresParams& p, const char* keys, char* smem)
+      : keys_(keys),
+        row_bytes_(2 * p.k_gate.row_stride),
+        blocks_kv_(static_cast<int>(p.blocks_kv)),
+        smem_(smem) {}
+
+  // Words [0, ceil(columns / 32)), in order.
+  template <class Visit>
+  __device__ __forceinline__ void visit(const QueryRows<Element, kDim, kMTiles>& queries,
+                                        int columns, Visit&& visitor) {
+    const int tiles = (columns + kKeys - 1) / kKeys;
+    if (tiles == 0) return;
+    load(0);
+    for (int tile = 0; tile < tiles; ++tile) {
+      cp_async_wait_all();
+      __syncthreads();
+      if (tile + 1 < tiles) load(tile + 1);
+      const int lane = lane_id();
+      const char* from = buffer(tile) + lane / 4 * kRowBytes + lane % 4 * 16;
+#pragma unroll 1
+      for (int word = 2 * tile; word < 2 * tile + 2; ++word, from += 32 * kRowBytes) {
+        if (word * kWordColumns >= columns) break;
+        Scores c = {};
+#pragma unroll
+        for (int s = 0; s < kDim / 32; ++s) {
+#pragma unroll
+          for (int t = 0; t < 4; ++t) {
+            const uint4 keys = *reinterpret_cast<const uint4*>(from + 8 * t * kRowBytes + 64 * s);
+#pragma unroll
+            for (int m = 0; m < kMTiles; ++m) queries.multiply(c[m][t], m, s, keys);
+          }
+        }
+        visitor(word, c);
+      }
+    }
+    __syncthreads();  // the buffers are free again
+  }
+
+ private:
+  __device__ __forceinline__ char* buffer(int tile) const {
+    return smem_ + tile % 2 * kKeys * kRowBytes;
+  }
+  __device__ __forceinline__ void load(int tile) const {
+    constexpr int kChunks = kDim / 8, kStep = 32 * kWarps / kChunks;
+    const int thread = thread_id(), chunk = thread % kChunks;
+    const uint32_t to = smem_address(buffer(tile)) + chunk * 16;
+#pragma unroll
+    for (int i = 0; i < kKeys; i += kStep) {
+      const int row = i + thread / kChunks, key = tile * kKeys + row;
+      const bool valid = key < blocks_kv_;
+      cp_async_16<0>(to + row * kRowBytes, keys_ + (valid ? key * row_bytes_ : 0) + chunk * 16,
+                     valid);
+    }
+  }
+
+  const char* keys_;
+  int64_t row_bytes_;
+  int blocks_kv_;
+  char* smem_;
+};
+
+// Bits of [begin, end) inside a word.
+__device__ __forceinline__ uint32_t bits_of_range(int word, int begin, int end) {
+  const int from = max(begin - 32 * word, 0), to = min(end - 32 * word, 32);
+  if (from >= to) return 0;
+  return (0xffffffffu >> (32 - (to - from))) << from;
+}
+
+// Blocks that a rule keeps whatever their score.
+__device__ __forceinline__ uint32_t forced_bits(const GateSelectParams& p, int row, int visible,
+                                                int word) {
+  if (row >= p.gate.blocks_q - p.dense_last_rows) return bits_of_range(word, 0, visible);
+  const int sink = static_cast<int>(min(p.sink, int64_t{visible}));
+  const int local = static_cast<int>(min(p.local, int64_t{visible}));
+  return bits_of_range(word, 0, sink) | bits_of_range(word, visible - local, visible);
+}
+
+__device__ __forceinline__ float exp_of(float x) {
+  constexpr float kLog2e = 1.4426950408889634f;
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(__fmul_rn(x, kLog2e)));
+  return y;
+}
+
+// exp(score - highest), and 1 at the maximum even if it is infinite: an overflow of the gate shares
+// the mass instead of spreading NaN. No score may be NaN.
+__device__ __forceinline__ float softmax_weight(float score, float highest) {
+  return score == highest ? 1.0f : exp_of(score - highest);
+}
+
+}  // namespace seer::dev
