@@ -21,6 +21,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.cases import all_cases, case_of, newest_family
@@ -28,8 +29,8 @@ from bench.source import ROOT, source_hash
 
 RESULTS = ROOT / "bench" / "results"
 # Shares of the time limit after which a part yields to the next.
-TESTS_UNTIL = 0.4
-CASES_UNTIL = 0.75
+CHECKS_UNTIL = 0.5
+CASES_UNTIL = 0.97
 
 
 def record_path(gpu: str) -> Path:
@@ -151,8 +152,15 @@ def run(options: argparse.Namespace) -> int:
     began = time.monotonic()
     record: dict = environment()
     partial = options.quick or options.only or options.peers is not None
-    if not (options.no_tests or partial):
-        record["tests"] = checks.run_gpu_tests(timeout=TESTS_UNTIL * options.limit)
+    # The tests and the sanitizer side by side, before anything is timed.
+    checks_until = CHECKS_UNTIL * options.limit
+    with ThreadPoolExecutor(1) as beside:
+        if options.sanitize:
+            sanitizer = beside.submit(checks.run_sanitizer, deadline=began + checks_until)
+        if not (options.no_tests or partial):
+            record["tests"] = checks.run_gpu_tests(timeout=checks_until)
+        if options.sanitize:
+            record["sanitizer"] = sanitizer.result()
 
     cases = all_cases(record["family"])
     if options.quick:
@@ -180,8 +188,6 @@ def run(options: argparse.Namespace) -> int:
         results.failures["launch"] = reason_of(error)
     record["unavailable"] = results.unavailable
     record["failures"] = results.failures
-    if options.sanitize:
-        record["sanitizer"] = checks.run_sanitizer(deadline=began + options.limit)
     record["seconds"] = round(time.monotonic() - began)
     record["rows"] = results.rows
 
