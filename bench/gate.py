@@ -121,6 +121,12 @@ class GateProblem:
         """Maxima, minima and averages of k, one matrix per query head."""
         return self._side(self.gate_k, self.gate.mask_linear_k.weight, "maxminavg")
 
+    @cached_property
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        """What gate_select reads, made once."""
+        with torch.no_grad():
+            return self.gate.embed(self.gate_q, self.gate_k)
+
     @property
     def side(self) -> Side:
         """What pool_gate embeds."""
@@ -160,8 +166,7 @@ class GateProblem:
         if case.op == "gate_mask":
             return lambda: seer_cuda.gate_mask(self.gate_q, self.gate_k, gate, rule).block_bits
         if case.op == "gate_select":
-            with torch.no_grad():
-                q_gate, k_gate = gate.embed(self.gate_q, self.gate_k)
+            q_gate, k_gate = self.embeddings
             return lambda: seer_cuda.gate_select(
                 q_gate, k_gate, method=rule.method, value=rule.value
             ).block_bits
@@ -274,7 +279,10 @@ class GateProblem:
 
 
 def captured(launch: Callable[[], Tensor], device: torch.device | str) -> Callable[[], Tensor]:
-    """The launch as the replay of a CUDA graph; on the CPU the launch itself."""
+    """The launch as the replay of a CUDA graph; on the CPU the launch itself.
+
+    A graph holds addresses, not tensors: what the launch reads lives as long as the replay.
+    """
     if torch.device(device).type != "cuda":
         return launch
     side = torch.cuda.Stream()
@@ -287,7 +295,7 @@ def captured(launch: Callable[[], Tensor], device: torch.device | str) -> Callab
     with torch.no_grad(), torch.cuda.graph(graph):
         out = launch()
 
-    def replay() -> Tensor:
+    def replay(_keeps: object = launch) -> Tensor:
         graph.replay()
         return out
 

@@ -219,14 +219,43 @@ def test_tables_show_the_gate_beside_attention():
     assert report.gate_table([]) == []
 
 
+def inputs_of(problem: GateProblem) -> list[torch.Tensor]:
+    """What a launch of the case reads and another sign of which changes the answer."""
+    if problem.case.op == "gate_select":
+        return [problem.embeddings[0]]
+    return [problem.side.x if problem.case.op == "pool_gate" else problem.gate_q]
+
+
+def test_a_launch_reads_its_inputs_anew(problem):
+    launch = problem.ours()
+    before = launch().clone()
+    for x in inputs_of(problem):
+        x.neg_()
+    assert not torch.equal(launch(), before) and torch.equal(launch(), problem.ours()())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_captured_launches_answer_on_a_gpu(name):
     case = dataclasses.replace(CASES[name], head_dim=128)
     problem = GateProblem.build(case)
     launch = captured(problem.ours(), "cuda")
-    problem.check(launch())
+    before = launch().clone()
+    problem.check(before)
     with torch.no_grad():
-        problem.gate_q.neg_()  # a replay reads the inputs anew
-    first = launch().clone()
-    assert torch.equal(first, problem.ours()())
+        for x in inputs_of(problem):
+            x.neg_()  # a replay reads the inputs anew
+    after = launch().clone()
+    assert not torch.equal(after, before)
+    assert torch.equal(after, problem.ours()())
+
+
+@pytest.mark.gpu
+def test_a_replay_keeps_what_its_launch_reads():
+    def launch_on_its_own_tensor():
+        x = torch.ones(1 << 22, device="cuda")
+        return lambda: x + 1
+
+    replay = captured(launch_on_its_own_tensor(), "cuda")
+    torch.full((1 << 22,), 7.0, device="cuda")  # takes the memory of a tensor that nobody holds
+    assert bool((replay() == 2).all())

@@ -117,6 +117,33 @@ def test_q_and_k_in_one_launch(device, weights, dims, seed):
     numerics.assert_bitwise("k", pair[1], alone_k)
 
 
+def test_a_sequence_does_not_depend_on_the_others(device, seed):
+    """Larger tiles, q and k in turns: the same bits."""
+    batch = 140 if device == "cuda" else 3  # CUDA: enough for the largest tiles and for turns
+    q, k, _ = inputs.qkv(
+        "normal",
+        rows_q=640,
+        rows_kv=630,
+        batch=batch,
+        heads_q=4,
+        heads_kv=2,
+        head_dim=64,
+        dtype=torch.bfloat16,
+        device=device,
+        seed=seed,
+    )
+    weight = torch.randn(4, 192, 64, generator=inputs.generator(seed)) / 14
+    weight = weight.to(device, torch.bfloat16)
+    no_rope = (None, None, None, None)
+    pair = torch.ops.seer._pool_gate_pair(q, k, None, weight, *no_rope, 16, 16, 4, 7)
+    for one in (0, batch // 2, batch - 1):
+        here = slice(one, one + 1)
+        alone_q = torch.ops.seer.pool_gate(q[here], block=16, pools=4)
+        alone_k = torch.ops.seer.pool_gate(k[here], weight, block=16, pools=7)
+        numerics.assert_bitwise("q", pair[0][here], alone_q)
+        numerics.assert_bitwise("k", pair[1][here], alone_k)
+
+
 def test_a_block_does_not_depend_on_its_neighbours(device, seed):
     """NaN in one block of one head reaches that block of that head alone."""
     x = inputs.qkv(

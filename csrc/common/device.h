@@ -22,4 +22,14 @@ inline Status device_sm(int* sm) {
   return cuda_status(error, "asking for the device's compute capability");
 }
 
+// Multiprocessors of the current device.
+inline Status device_multiprocessors(int* count) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  }
+  return cuda_status(error, "asking for the device's multiprocessors");
+}
+
 }  // namespace seer

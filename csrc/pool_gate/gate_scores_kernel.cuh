@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(32 * kScoreWarps, 4)
   float* scores =
       p.scores + (int64_t{at.batch} * p.heads_q + at.head) * blocks_q * int64_t{blocks_kv};
   Stream stream(p, key_rows(p, at), smem);
-  stream.visit(queries, columns, [&](int word, const typename Stream::Scores& c) {
+  stream.visit(queries, columns, columns, [&](int word, const typename Stream::Scores& c) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + lane / 4 + 8 * half;

@@ -95,10 +95,11 @@ class KeyStream {
         blocks_kv_(static_cast<int>(p.blocks_kv)),
         smem_(smem) {}
 
-  // Words [0, ceil(columns / 32)), in order.
+  // Words [0, ceil(most / 32)), in order. `columns`: as far as a warp of the CTA goes; `most`: as far
+  // as this one does.
   template <class Visit>
   __device__ __forceinline__ void visit(const QueryRows<Element, kDim, kMTiles>& queries,
-                                        int columns, Visit&& visitor) {
+                                        int columns, int most, Visit&& visitor) {
     const int tiles = (columns + kKeys - 1) / kKeys;
     if (tiles == 0) return;
     load(0);
@@ -110,7 +111,7 @@ class KeyStream {
       const char* from = buffer(tile) + lane / 4 * kRowBytes + lane % 4 * 16;
 #pragma unroll 1
       for (int word = 2 * tile; word < 2 * tile + 2; ++word, from += 32 * kRowBytes) {
-        if (word * kWordColumns >= columns) break;
+        if (word * kWordColumns >= most) break;
         Scores c = {};
 #pragma unroll
         for (int s = 0; s < kDim / 32; ++s) {
@@ -133,14 +134,15 @@ class KeyStream {
   }
   __device__ __forceinline__ void load(int tile) const {
     constexpr int kChunks = kDim / 8, kStep = 32 * kWarps / kChunks;
-    const int thread = thread_id(), chunk = thread % kChunks;
-    const uint32_t to = smem_address(buffer(tile)) + chunk * 16;
+    const int thread = thread_id(), chunk = thread % kChunks, row = thread / kChunks;
+    const uint32_t to = smem_address(buffer(tile)) + row * kRowBytes + chunk * 16;
+    const int key = tile * kKeys + row;
+    const char* from = keys_ + key * row_bytes_ + chunk * 16;
 #pragma unroll
     for (int i = 0; i < kKeys; i += kStep) {
-      const int row = i + thread / kChunks, key = tile * kKeys + row;
-      const bool valid = key < blocks_kv_;
-      cp_async_16<0>(to + row * kRowBytes, keys_ + (valid ? key * row_bytes_ : 0) + chunk * 16,
-                     valid);
+      const bool valid = key + i < blocks_kv_;
+      cp_async_16<0>(to + i * kRowBytes, valid ? from : keys_, valid);
+      from += kStep * row_bytes_;
     }
   }
 

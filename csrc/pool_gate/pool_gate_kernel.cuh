@@ -256,10 +256,9 @@ template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kPoolThreads, 2)
     pool_gate(const __grid_constant__ PoolGateLaunch launch) {
   extern __shared__ __align__(16) char smem[];
-  const int problem = blockIdx.x >= launch.first_cta[1];
-  PoolGateCta<Element, kHeadDim>(launch.problems[problem], smem,
-                                 blockIdx.x - launch.first_cta[problem],
-                                 launch.tile_blocks[problem])
+  const PoolPlace at = pool_place(launch, blockIdx.x);
+  PoolGateCta<Element, kHeadDim>(launch.problems[at.problem], smem, at.cta,
+                                 launch.tile_blocks[at.problem])
       .run();
 }
 

@@ -21,13 +21,33 @@ constexpr int kMaxPoolProblems = 2;
 struct PoolGateLaunch {
   PoolGateParams problems[kMaxPoolProblems];
   int tile_blocks[kMaxPoolProblems];  // blocks per CTA
-  uint32_t first_cta[kMaxPoolProblems + 1];
+  // The order of the CTAs: `lead` of the first problem, then `turns` times one of it and `per_turn`
+  // of the second, then the others of the first, which has `first_ctas`, then those of the second.
+  uint32_t first_ctas, lead, turns, per_turn;
 };
+
+struct PoolPlace {
+  int problem;
+  uint32_t cta;  // of the problem
+};
+constexpr PoolPlace pool_place(const PoolGateLaunch& launch, uint32_t cta) {
+  if (cta < launch.lead) return {0, cta};
+  cta -= launch.lead;
+  const uint32_t in_turn = 1 + launch.per_turn, in_turns = launch.turns * in_turn;
+  if (cta < in_turns) {
+    const uint32_t turn = cta / in_turn, place = cta % in_turn;
+    if (place == 0) return {0, launch.lead + turn};
+    return {1, turn * launch.per_turn + place - 1};
+  }
+  cta -= in_turns;
+  const uint32_t started = launch.lead + launch.turns, left = launch.first_ctas - started;
+  if (cta < left) return {0, started + cta};
+  return {1, launch.turns * launch.per_turn + cta - left};
+}
 
 // What the host has to know of the kernels' tiles.
 constexpr int kPoolWarps = 8;
-constexpr int kWeightedBlocks = 32;  // blocks per CTA with weight: two m-tiles
-constexpr int kPlainBlocks = 16;     // without
+constexpr int kWeightedBlocks = 32;  // most blocks per CTA with weight: two m-tiles
 constexpr int kUnit = 32;            // columns of a warp's share of the projection
 
 // Pooled rows in shared memory, padded by one 16-byte chunk: ldmatrix without bank conflicts.

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "pool_gate/variant.h"
 #include "seer/pool_gate.h"
 
 namespace {
@@ -330,9 +331,32 @@ void test_refusals() {
   expect(params, "local: expected a count of blocks, at least 0, got -1. ");
 }
 
+// Every CTA of both problems has one place in a launch; those of a problem come in order.
+void test_order_of_ctas() {
+  struct Order {
+    uint32_t first, second, lead, turns, per_turn;
+  };
+  for (const Order& o : {Order{5, 0, 5, 0, 0}, Order{5, 9, 5, 0, 0}, Order{10, 40, 4, 6, 4},
+                         Order{10, 7, 2, 3, 2}, Order{3, 100, 1, 2, 8}, Order{50, 1, 8, 0, 2}}) {
+    PoolGateLaunch launch = {};
+    launch.first_ctas = o.first;
+    launch.lead = o.lead;
+    launch.turns = o.turns;
+    launch.per_turn = o.per_turn;
+    uint32_t next[2] = {0, 0};
+    for (uint32_t cta = 0; cta < o.first + o.second; ++cta) {
+      const PoolPlace place = pool_place(launch, cta);
+      SEER_CHECK(place.cta == next[place.problem]++, "cta %u: cta %u of problem %d", cta, place.cta,
+                 place.problem);
+    }
+    SEER_CHECK(next[0] == o.first && next[1] == o.second, "%u and %u CTAs", next[0], next[1]);
+  }
+}
+
 }  // namespace
 
 int main() {
+  test_order_of_ctas();
   test_pool_gates();
   test_selection();
   test_refusals();
