@@ -7,7 +7,6 @@
 #include <utility>
 
 #include "seer/block_sparse_attn.h"
-#include "seer/pool_gate.h"
 #include "seer/status.h"
 
 namespace seer::cpu {
@@ -78,31 +77,6 @@ inline Status check_attention(const BlockSparseAttnParams& params) {
   return q.ok() ? check_cu_seqlens("cu_seqlens_kv", params.cu_seqlens_kv, params.batch,
                                    params.total_kv, params.rows_kv)
                 : q;
-}
-
-inline Status check_gate(const GateScoresParams& params) {
-  if (params.heads_k < 1 || params.heads_q % params.heads_k != 0)
-    return refuse("k_gate", "heads that divide heads_q = " + std::to_string(params.heads_q),
-                  "heads_k = " + std::to_string(params.heads_k), "Use heads_q or heads_kv heads.");
-  if (params.gate_dim < 1)
-    return refuse("q_gate", "gate_dim of at least 1", std::to_string(params.gate_dim),
-                  "Embed the blocks with pool_gate.");
-  return {};
-}
-
-inline Status check_pool_gate(const PoolGateParams& params) {
-  if (params.block < 1)
-    return refuse("block", "at least 1 row", std::to_string(params.block), "Use 64.");
-  if (params.pools < 1 || params.pools > 7)
-    return refuse("pools", "a bit set of 1 max, 2 min, 4 avg", std::to_string(params.pools),
-                  "Use 4 for avg or 7 for max, min and avg.");
-  if (params.heads < 1 || params.heads_out % params.heads != 0)
-    return refuse("weight", "heads_out a multiple of heads = " + std::to_string(params.heads),
-                  std::to_string(params.heads_out), "Give one matrix per output head.");
-  if (params.rotary_dim < 0 || params.rotary_dim > params.gate_dim || params.rotary_dim % 2 != 0)
-    return refuse("cos", "an even rotary_dim of at most gate_dim",
-                  std::to_string(params.rotary_dim), "Give one column per channel pair.");
-  return {};
 }
 
 }  // namespace seer::cpu

@@ -3,15 +3,15 @@
 #include <atomic>
 #include <limits>
 
-#include "common/cpu_check.h"
 #include "common/cpu_gate_strip.h"
+#include "pool_gate/gate_check.h"
 #include "seer/pool_gate.h"
 
 namespace seer {
 
 Status gate_scores_cpu(const GateScoresParams& params, const ParallelFor& parallel_for) {
   if (params.heads_q == 0) return {};
-  if (Status status = cpu::check_gate(params); !status.ok()) return status;
+  if (Status status = check_gate(params); !status.ok()) return status;
   const int64_t lanes = cpu::GateStrip::lanes(params);
   const int64_t strips = ceil_div(params.blocks_q, lanes);
   const int64_t jobs = int64_t{params.batch} * params.heads_q * strips;

@@ -12,8 +12,8 @@
 #include <string>
 #include <utility>
 
-#include "common/cpu_check.h"
 #include "common/cpu_gate_strip.h"
+#include "pool_gate/gate_check.h"
 #include "seer/pool_gate.h"
 
 namespace seer {
@@ -137,28 +137,11 @@ class RowSelector {
   int32_t* words_ = nullptr;
 };
 
-Status check(const GateSelectParams& params) {
-  const auto refuse = [](const char* argument, const char* expected, const std::string& got) {
-    return Status::invalid(std::string(argument) + ": expected " + expected + ", got " + got +
-                           ". See seer/pool_gate.h for the methods and their values.");
-  };
-  const std::string got = std::to_string(params.value);
-  if (!std::isfinite(params.value)) return refuse("value", "a finite number", got);
-  if (params.method == SelectMethod::kDensity && !(params.value >= 0.0 && params.value <= 1.0))
-    return refuse("value", "a density from 0 to 1", got);
-  for (const auto& [name, count] : {std::pair<const char*, int64_t>{"sink", params.sink},
-                                    {"local", params.local},
-                                    {"dense_last_rows", params.dense_last_rows}})
-    if (count < 0) return refuse(name, "a count of blocks, at least 0", std::to_string(count));
-  return {};
-}
-
 }  // namespace
 
 Status gate_select_cpu(const GateSelectParams& params, const ParallelFor& parallel_for) {
-  if (Status status = check(params); !status.ok()) return status;
+  if (Status status = check_gate_select(params); !status.ok()) return status;
   if (params.gate.heads_q == 0) return {};
-  if (Status status = cpu::check_gate(params.gate); !status.ok()) return status;
   const GateScoresParams& gate = params.gate;
   const int64_t lanes = cpu::GateStrip::lanes(gate);
   const int64_t strips = ceil_div(gate.blocks_q, lanes);

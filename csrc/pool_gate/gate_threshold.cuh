@@ -68,8 +68,8 @@ struct SoftmaxSum {
 class ThresholdTest {
  public:
   __device__ __forceinline__ void set(const SoftmaxSum& sum, float value) {
-    // Weights below the normal numbers are 0, so nothing under exp(-87.3) passes.
-    constexpr float kLogOfTiny = -87.33654f;
+    // Below 2^-150 a weight rounds to 0 in fp32, which exceeds no threshold.
+    constexpr float kLogOfTiny = -103.97208f;
     const float total = fmaxf(sum.total, 1.0f);
     highest_ = sum.highest;
     margin_ = fmaxf(logf(__fmul_rn(value, total)), kLogOfTiny);

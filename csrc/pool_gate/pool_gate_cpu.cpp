@@ -12,8 +12,8 @@
 #include <bit>
 
 #include "common/cpu_buffer.h"
-#include "common/cpu_check.h"
 #include "common/cpu_kernels.h"
+#include "pool_gate/gate_check.h"
 #include "seer/pool_gate.h"
 
 namespace seer {
@@ -163,7 +163,7 @@ class PoolGateWorker {
 
 Status pool_gate_cpu(const PoolGateParams& params, const ParallelFor& parallel_for) {
   if (params.heads == 0) return {};
-  if (Status status = cpu::check_pool_gate(params); !status.ok()) return status;
+  if (Status status = check_pool_gate(params); !status.ok()) return status;
   const int64_t tiles = ceil_div(ceil_div(params.rows, params.block), PoolGateWorker::kTile);
   const int64_t jobs = int64_t{params.batch} * params.heads * tiles;
   if (jobs == 0) return {};
