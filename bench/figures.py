@@ -253,7 +253,7 @@ def support_section(variants: list[dict]) -> str:
             spans = [
                 _span({row["dtype"] for row in of_sm}),
                 _span({row["head_dim"] for row in of_sm}),
-                _span({row["block_q"] for row in of_sm}),
+                _span({size for row in of_sm for size in block_q_of(row)}),
                 _span({size for row in of_sm for size in block_kv_of(row)}),
             ]
             newer = " and newer" if sm == 80 else ""
@@ -262,6 +262,11 @@ def support_section(variants: list[dict]) -> str:
     bits = ", ".join(f"`{op}`" for op in BITS_OPS)
     lines.append(f"| {bits} | kernel | | | | | kernel |")
     return "\n".join(lines)
+
+
+def block_q_of(row: dict) -> list[int]:
+    """Query block sizes that a variant serves: attn_pool's kernels also twice their rows."""
+    return [row["block_q"]] if row["op"] == "block_sparse_attn" else [64, 128]
 
 
 def block_kv_of(row: dict) -> list[int]:

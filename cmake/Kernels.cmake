@@ -51,7 +51,10 @@ add_kernels(seer_kernels "${portable_archs}"
   csrc/block_bits/block_bits.cu
   csrc/common/varlen_fill.cu
   ${SEER_VARIANT_SOURCES})
-target_sources(seer_kernels PRIVATE csrc/block_sparse_attn/launch.cpp)
+target_sources(seer_kernels PRIVATE
+  csrc/attn_pool/launch.cpp
+  csrc/block_sparse_attn/launch.cpp
+  csrc/block_sparse_attn/launch_checks.cpp)
 target_link_libraries(seer_kernels PUBLIC "${SEER_CUDART}" dl rt pthread)
 
 # No PTX here: that of an architecture-specific target runs nowhere else.

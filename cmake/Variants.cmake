@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # csrc/variants.json, the support matrix, becomes one small CUDA source per row (they compile side
-# by side) and variants.inc, the rows of the C++ table. CMake reads the JSON itself, so a build
+# by side) and, for each operator, <op>_variants.inc, the rows of its C++ table. CMake reads the JSON itself, so a build
 # without Python's help sees the same table. SEER_VARIANT_SOURCES lists the portable sources,
 # SEER_SM90_VARIANT_SOURCES those for compute capability 9.0 alone: empty without 90a in SEER_ARCHS,
 # as their instructions exist in no other architecture's code.
@@ -12,7 +12,9 @@ math(EXPR last_variant "${variant_count} - 1")
 
 set(SEER_VARIANT_SOURCES "")
 set(SEER_SM90_VARIANT_SOURCES "")
-set(table "")
+foreach(op IN ITEMS block_sparse_attn attn_pool)
+  set(table_${op} "")
+endforeach()
 if(SEER_HAVE_CUDA)
   foreach(index RANGE ${last_variant})
     foreach(field IN ITEMS name op sm dtype head_dim block_q tile_kv threads smem_bytes)
@@ -28,8 +30,10 @@ if(SEER_HAVE_CUDA)
     else()
       list(APPEND SEER_VARIANT_SOURCES "${source}")
     endif()
-    string(APPEND table "SEER_VARIANT(${name}, ${sm}, ${dtype}, ${head_dim}, ${block_q}, "
+    string(APPEND table_${op} "SEER_VARIANT(${name}, ${sm}, ${dtype}, ${head_dim}, ${block_q}, "
                         "${tile_kv}, ${threads}, ${smem_bytes})\n")
   endforeach()
 endif()
-file(CONFIGURE OUTPUT generated/variants.inc CONTENT "${table}" @ONLY)
+foreach(op IN ITEMS block_sparse_attn attn_pool)
+  file(CONFIGURE OUTPUT generated/${op}_variants.inc CONTENT "${table_${op}}" @ONLY)
+endforeach()

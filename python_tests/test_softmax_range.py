@@ -153,6 +153,21 @@ def test_one_hot_key(device, dtype, position, causal, seed):
     assert torch.allclose(out[:, max(0, first) :], hot, atol=step, rtol=step)
 
 
+@DTYPES
+@pytest.mark.parametrize("stairs", [(0, 110, 170), (0, 60, 120, 180), (0, 130, 10, 190)], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_stairs(device, dtype, stairs, causal, seed):
+    """Jumps that follow each other: a later one must not make the kernel forget an earlier one."""
+    rows = (300, 1300)
+    q, k, v = problem("pit", "first", "all", rows=rows, dtype=dtype, device=device, seed=seed)
+    tile = torch.arange(rows[1]) // TILE
+    step = (tile // 4).clamp(max=len(stairs) - 1)
+    level = torch.tensor(stairs, dtype=torch.float32)[step]
+    k[..., 0] = level.to(device=device, dtype=dtype)[None, :, None]
+    out, lse = run_repeatedly(q, k, v, causal=causal, scale=LN2)
+    attention.check_attention("stairs", out, lse, q, k, v, causal=causal, scale=LN2)
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("causal", [True, False])
 def test_equal_scores_near_the_end_of_fp32(device, sign, causal, seed):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA implementations of the ops that have no compiled CUDA kernel in this library.
+"""CUDA implementations of the ops that have no compiled CUDA kernel in this library, and of
+attn_pool for what its kernels do not serve (head_dim other than 64 and 128, fp32).
 
 They are the torch-operator formulas of `_attn_math` and `_gate_math`: same contract, fp32
 accumulation, no host synchronisation. Unlike the compiled kernels they allocate temporaries:
@@ -11,6 +12,7 @@ reads the same on every device.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +24,6 @@ from seer_cuda import _attn_math, _gate_math
 _Compute = Callable[..., Tensor | tuple[Tensor, ...]]
 
 _COMPOSITES: dict[str, _Compute] = {
-    "attn_pool": _attn_math.attn_pool,
     "pool_gate": _gate_math.pool_gate,
     "gate_scores": _gate_math.gate_scores,
     "gate_select": _gate_math.gate_select,
@@ -44,6 +45,14 @@ def _checked(name: str, compute: _Compute) -> _Compute:
     return implementation
 
 
+def _attn_pool(*args: Any, **kwargs: Any) -> Any:
+    """The compiled kernel where there is one for the arguments, else the formula."""
+    if torch.ops.seer._attn_pool_has_kernel(*args, **kwargs):
+        return torch.ops.seer._attn_pool_on(*args, **kwargs)
+    with torch.autocast(args[0].device.type, enabled=False):
+        return _attn_math.attn_pool(*args, **kwargs)
+
+
 def composite_ops() -> list[str]:
     """Names of the ops whose CUDA implementation is made of torch operators."""
     return list(_registered)
@@ -57,6 +66,11 @@ def _register() -> list[str]:
             continue
         _library.impl(name, _checked(name, compute), "CUDA")
         names.append(name)
+    # The library's own CUDA implementation, for programs without Python, refuses what it has no
+    # kernel for. torch warns of any kernel that takes another's place.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _library.impl("attn_pool", _attn_pool, "CUDA", allow_override=True)
     return names
 
 

@@ -101,7 +101,9 @@ def _explain(core: Any, variant: dict[str, Any], sm: int) -> str:
 
 def _kernel(core: Any, variant: dict[str, Any], sms: list[int]) -> dict[str, Any]:
     """One compiled kernel, and which of the machine's GPUs would run it."""
-    same = [v for v in core.variants() if _problem(v) == _problem(variant)]
+    same = [
+        v for v in core.variants() if v["op"] == variant["op"] and _problem(v) == _problem(variant)
+    ]
     used_on = []
     for index, sm in enumerate(sms):
         # sm_80 kernels run on every later GPU, the others on the one architecture they name; the

@@ -80,7 +80,7 @@ class Scheduler {
   }
   __device__ __forceinline__ void publish_page() {
     __syncwarp();
-    if (lane_id() == 0) mbarrier_arrive(base + Traits::kFullPage + 8 * index);
+    mbarrier_arrive(base + Traits::kFullPage + 8 * index);
     if (++index == Traits::kPages) {
       index = 0;
       phase ^= 1;

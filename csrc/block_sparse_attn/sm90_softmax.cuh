@@ -29,26 +29,7 @@
 namespace seer::dev {
 
 // Scores of a lane: element 4 * j + 2 * half + c is row `half` of the lane (common/wgmma.cuh).
-// 2^x to 2 ulp on the FMA units; 0 from -127 down, 2^127 from 127 on, NaN for NaN. The special-function
-// units make 16 results per clock and SM, which bounds head_dim 64: part of the weights goes this way.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  asm("max.NaN.f32 %0, %0, 0fC2FE0000;" : "+f"(x));  // -127
-  asm("min.NaN.f32 %0, %0, 0f42FE0000;" : "+f"(x));  // 127
-  const float shifted = x + kRound;
-  const float f = x - (shifted - kRound);  // -1/2 to 1/2
-  float y = 1.5403530393381609954e-4f;     // Taylor's coefficients ln2^k / k!, highest first
-  y = fmaf(y, f, 1.3333558146428443423e-3f);
-  y = fmaf(y, f, 9.6181291076284771619e-3f);
-  y = fmaf(y, f, 5.5504108664821579953e-2f);
-  y = fmaf(y, f, 2.4022650695910071233e-1f);
-  y = fmaf(y, f, 6.9314718055994530942e-1f);
-  y = fmaf(y, f, 1.0f);
-  // The integer's power of two, its exponent field in place; a product, so that NaN stays NaN.
-  return y * __int_as_float((__float_as_int(shifted) << 23) + 0x3f800000);
-}
-
-template <class Element, int kOnFma = 0>
+template <class Element>
 class Sm90Softmax {
  public:
   static constexpr bool kLifts = std::is_same_v<Element, __half>;
@@ -66,16 +47,23 @@ class Sm90Softmax {
   // Whether the next tile needs raise().
   __device__ __forceinline__ bool careful() const { return next_careful; }
 
-  // Brings the references up to date with new scores. True (for the whole warp) if what was
-  // accumulated so far must be multiplied by shrink[half]. May change `scale`, the factor from
-  // scores to units of log2.
-  __device__ __forceinline__ bool raise(float (&s)[32], float& scale, float (&shrink)[2]) {
-    float top[2] = {fmaxf(s[0], s[1]), fmaxf(s[2], s[3])};
+  // The largest of the lane's scores in each row.
+  static __device__ __forceinline__ void maxima(const float (&s)[32], float (&top)[2]) {
+    top[0] = fmaxf(s[0], s[1]);
+    top[1] = fmaxf(s[2], s[3]);
 #pragma unroll
     for (int i = 4; i < 32; i += 4) {
       top[0] = fmaxf(top[0], fmaxf(s[i], s[i + 1]));
       top[1] = fmaxf(top[1], fmaxf(s[i + 2], s[i + 3]));
     }
+  }
+
+  // Brings the references up to date with new scores. True (for the whole warp) if what was
+  // accumulated so far must be multiplied by shrink[half]. May change `scale`, the factor from
+  // scores to units of log2.
+  __device__ __forceinline__ bool raise(float (&s)[32], float& scale, float (&shrink)[2]) {
+    float top[2];
+    maxima(s, top);
     bool rises = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -114,39 +102,42 @@ class Sm90Softmax {
     return rescale;
   }
 
-  // Turns scores into weights and adds them up. The result as for raise().
-  __device__ __forceinline__ bool weigh(float (&s)[32], float scale, float (&shrink)[2]) {
+  // Turns scores into weights and adds them up, those of this tile in added[]. `raised`: what
+  // raise() said of it; the result and shrink then tell of both steps.
+  __device__ __forceinline__ bool weigh(float (&s)[32], float scale, float (&shrink)[2],
+                                        bool raised, float (&added)[2]) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const float x = fmaf(s[i], scale, -reference[i / 2 % 2]);
-      // Spread over the tile, so that both units have work all the time.
-      const bool on_fma = kOnFma > 0 && i % (32 / std::max(kOnFma, 1)) == 0;
-      s[i] = on_fma ? exp2_polynomial(x) : exp2_fast(x);
-    }
-    float added[2] = {s[0] + s[1], s[2] + s[3]};
+    for (int i = 0; i < 32; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -reference[i / 2 % 2]));
+    added[0] = s[0] + s[1];
+    added[1] = s[2] + s[3];
 #pragma unroll
     for (int i = 4; i < 32; i += 4) {
       added[0] += s[i] + s[i + 1];
       added[1] += s[i + 2] + s[i + 3];
     }
-    bool lifted = false;
     if constexpr (kLifts) {
       const bool fits = fmaxf(added[0], added[1]) <= kLiftAbove;  // not if NaN
-      lifted = !__all_sync(0xffffffffu, fits);
-      if (lifted) lift(s, added, shrink);
+      if (!__all_sync(0xffffffffu, fits)) {
+        if (!raised) shrink[0] = shrink[1] = 1.0f;
+        lift(s, added, shrink);
+        raised = true;
+      }
     }
     sum[0] += added[0];
     sum[1] += added[1];
-    return lifted;
+    return raised;
   }
 
   // Whether everything stayed in range, if not every tile was a careful one. `out`: what was
   // accumulated; it overflows before the sums do if V is large.
   template <int kCount>
   __device__ __forceinline__ bool in_range(const float (&out)[kCount]) const {
-    float zero = 0.0f;
+    float zeros[4] = {};  // four chains: one would wait for itself
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) zero = fmaf(out[i], 0.0f, zero);  // NaN from Inf and NaN
+    for (int i = 0; i < kCount; ++i) {
+      zeros[i % 4] = fmaf(out[i], 0.0f, zeros[i % 4]);  // NaN from Inf and NaN
+    }
+    const float zero = zeros[0] + zeros[1] + (zeros[2] + zeros[3]);
     // One by one: a maximum would drop a NaN, which is what an overflown sum becomes when shrunk.
     const bool good = sum[0] < kInRange && sum[1] < kInRange && zero == 0.0f;
     return __all_sync(0xffffffffu, good);
@@ -165,8 +156,10 @@ class Sm90Softmax {
     return sum[half] == 0.0f ? -INFINITY : (reference[half] + log2f(sum[half])) * kLn2;
   }
   __device__ __forceinline__ float inverse_sum(int half) const {
-    return sum[half] == 0.0f ? 0.0f : __frcp_rn(sum[half]);
+    return sum[half] == 0.0f ? 0.0f : reciprocal_fast(sum[half]);
   }
+  // What the weights of a row are relative to at present.
+  __device__ __forceinline__ const float (&references() const)[2] { return reference; }
 
  private:
   static constexpr float kSlack = 8.0f;  // a careful reference rises when outgrown by 2^8
@@ -177,6 +170,7 @@ class Sm90Softmax {
   static constexpr float kMendable = 0x1p100f;
 
   __device__ __forceinline__ void lift(float (&s)[32], float (&added)[2], float (&shrink)[2]) {
+    float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float row = added[half];
@@ -184,14 +178,15 @@ class Sm90Softmax {
       row += __shfl_xor_sync(0xffffffffu, row, 2);
       const float lifted = row > kLiftAbove ? reference[half] + ceilf(log2f(row)) : reference[half];
       // Taken from what the reference really became: its sum may have been rounded.
-      shrink[half] = exp2_fast(reference[half] - lifted);
+      factor[half] = exp2_fast(reference[half] - lifted);
       reference[half] = lifted;
-      sum[half] *= shrink[half];
+      sum[half] *= factor[half];
+      shrink[half] *= factor[half];
       // Infinite from there on, whatever later lifts do, so that in_range() sees it.
-      added[half] = row < kMendable ? added[half] * shrink[half] : row + INFINITY;
+      added[half] = row < kMendable ? added[half] * factor[half] : row + INFINITY;
     }
 #pragma unroll
-    for (int i = 0; i < 32; ++i) s[i] *= shrink[i / 2 % 2];
+    for (int i = 0; i < 32; ++i) s[i] *= factor[i / 2 % 2];
   }
 
   float reference[2];

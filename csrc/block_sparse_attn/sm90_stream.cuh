@@ -51,10 +51,11 @@ class PageReader {
     }
     return value;
   }
-  // To be called by all lanes of a warp, which counts as one reader.
+  // To be called by all lanes of a warp. Each arrives for itself: one in the name of all would do
+  // behind a __syncwarp, but racecheck does not see that order, and pages are few.
   __device__ __forceinline__ void release() {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(base + Traits::kEmptyPage + 8 * index);
+    mbarrier_arrive(base + Traits::kEmptyPage + 8 * index);
     if (++index == Traits::kPages) {
       index = 0;
       phase ^= 1;

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "block_sparse_attn/sm90_no_map.cuh"
 #include "block_sparse_attn/variant.h"
 
 namespace seer {
@@ -44,8 +45,12 @@ struct Sm90Search {
   int first_sequence, tiles_before;
 };
 
+struct Sm90Params;
+
 template <BlockSparseAttnKey kKey>
 struct Sm90Traits {
+  using Params = Sm90Params;
+  using Map = dev::Sm90NoMap;
   using Element = std::conditional_t<kKey.dtype == DType::kBFloat16, __nv_bfloat16, __half>;
 
   static constexpr int kHeadDim = kKey.head_dim;
@@ -62,12 +67,6 @@ struct Sm90Traits {
   // Of the head_dim / 16 k-steps of Q K^T, as many take Q from registers as fit without spills: a
   // product whose operands both lie in shared memory saturates it (128 B per clock).
   static constexpr int kQRegisterSteps = kHeadDim == 128 ? 5 : 4;
-
-  // Of a lane's 32 weights per KV tile, those that the FMA units make (sm90_softmax.cuh).
-#ifndef ONFMA
-#define ONFMA 8
-#endif
-  static constexpr int kWeightsOnFma = kHeadDim == 64 ? ONFMA : 0;
 
   static constexpr int kStageBytes = kTileKv * kHeadDim * 2;
   static constexpr int kPanelBytes = kTileKv * 128;  // 64 columns of a tile

@@ -24,6 +24,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// 1 / x, to 1 ulp, subnormals taken as 0. A correctly rounded quotient takes 20 instructions more.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The rows of a lane: row i of the warp's accumulators is spread over the four lanes of a quad.
 template <int kRows>
 struct OnlineSoftmax {
@@ -90,7 +97,7 @@ struct OnlineSoftmax {
 
   // 1 / sum, and 0 for an empty row.
   __device__ __forceinline__ float inverse_sum(int i) const {
-    return sum[i] == 0.0f ? 0.0f : __frcp_rn(sum[i]);
+    return sum[i] == 0.0f ? 0.0f : reciprocal_fast(sum[i]);
   }
 };
 

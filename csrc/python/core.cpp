@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "build_info.h"
+#include "seer/attn_pool.h"
 #include "seer/block_bits.h"
 #include "seer/block_sparse_attn.h"
 
@@ -36,40 +37,62 @@ seer::DType dtype_from(const std::string& name) {
   throw py::value_error("dtype: expected 'float16', 'bfloat16' or 'float32', got '" + name + "'");
 }
 
+template <class Variant>
+py::dict describe(const char* op, const Variant& variant, int block_q) {
+  py::dict registers;
+  for (const auto& resource : kResources)
+    if (resource.name && std::string(resource.name) == variant.name)
+      registers[resource.arch] = resource.registers;
+  py::dict row;
+  row["op"] = op;
+  row["name"] = variant.name;
+  row["sm"] = variant.sm;
+  row["dtype"] = seer::name_of(variant.dtype);
+  row["head_dim"] = variant.head_dim;
+  row["block_q"] = block_q;
+  row["tile_kv"] = variant.tile_kv;
+  row["threads"] = variant.threads;
+  row["smem_bytes"] = variant.smem_bytes;
+  row["registers"] = registers;
+  return row;
+}
+
 std::vector<py::dict> variants() {
   std::vector<py::dict> rows;
-  for (const auto& variant : seer::block_sparse_attn_variants()) {
-    py::dict registers;
-    for (const auto& resource : kResources)
-      if (resource.name && std::string(resource.name) == variant.name)
-        registers[resource.arch] = resource.registers;
-    py::dict row;
-    row["op"] = "block_sparse_attn";
-    row["name"] = variant.name;
-    row["sm"] = variant.sm;
-    row["dtype"] = seer::name_of(variant.dtype);
-    row["head_dim"] = variant.head_dim;
-    row["block_q"] = variant.block_q;
-    row["tile_kv"] = variant.tile_kv;
-    row["threads"] = variant.threads;
-    row["smem_bytes"] = variant.smem_bytes;
-    row["registers"] = registers;
-    rows.push_back(row);
-  }
+  for (const auto& variant : seer::block_sparse_attn_variants())
+    rows.push_back(describe("block_sparse_attn", variant, variant.block_q));
+  for (const auto& variant : seer::attn_pool_variants())
+    rows.push_back(describe("attn_pool", variant, variant.rows));
   return rows;
 }
 
-std::string explain(const std::string& op, int sm, const std::string& dtype, int head_dim,
-                    int block_q, int block_kv) {
-  if (op != "block_sparse_attn")
-    return "no compiled CUDA kernel for " + op + ": it runs as torch operations on the GPU";
-  seer::BlockSparseAttnParams params;
+template <class Params>
+Params shape_params(const std::string& dtype, int head_dim, int block_q, int block_kv) {
+  Params params;
   params.dtype = dtype_from(dtype);
   params.head_dim = head_dim;
   params.block_q = block_q;
   params.block_kv = block_kv;
+  // Something that every kernel can address.
+  params.batch = params.heads_q = params.heads_kv = 1;
+  params.rows_q = params.rows_kv = 1;
+  return params;
+}
+
+std::string explain(const std::string& op, int sm, const std::string& dtype, int head_dim,
+                    int block_q, int block_kv) {
   std::string why_not;
-  return seer::find_block_sparse_attn_variant(params, sm, &why_not) >= 0 ? "" : why_not;
+  if (op == "block_sparse_attn") {
+    const auto params =
+        shape_params<seer::BlockSparseAttnParams>(dtype, head_dim, block_q, block_kv);
+    seer::find_block_sparse_attn_variant(params, sm, &why_not);
+  } else if (op == "attn_pool") {
+    const auto params = shape_params<seer::AttnPoolParams>(dtype, head_dim, block_q, block_kv);
+    seer::find_attn_pool_variant(params, sm, &why_not);
+  } else {
+    why_not = "no compiled CUDA kernel for " + op + ": it runs as torch operations on the GPU";
+  }
+  return why_not;
 }
 
 py::dict build_info() {

@@ -15,7 +15,7 @@
   "(Tensor q, Tensor k, Tensor v, Tensor? block_bits=None, *, " SEER_SPARSE_TAIL
 #define SEER_ATTN_POOL_ARGS                                                                       \
   "(Tensor q, Tensor k, Tensor v, *, " SEER_ATTN_TAIL ", bool per_token=False, " SEER_VARLEN_TAIL \
-  ")"
+  ", int reduce=0"
 #define SEER_POOL_GATE_ARGS                                                                  \
   "(Tensor x, Tensor? weight=None, Tensor? cos=None, Tensor? sin=None, *, SymInt block=64, " \
   "int pools=4)"
@@ -28,8 +28,9 @@
 STABLE_TORCH_LIBRARY(seer, m) {
   // Attention over the kept blocks; block_bits None keeps every block.
   m.def("block_sparse_attn" SEER_SPARSE_ARGS ") -> (Tensor out, Tensor lse)");
-  // Dense attention and the block maxima of its softmax probabilities, in one pass.
-  m.def("attn_pool" SEER_ATTN_POOL_ARGS " -> (Tensor out, Tensor lse, Tensor pooled)");
+  // Dense attention and the block maxima (reduce 0) or shares (1) of its softmax probabilities, in
+  // one pass.
+  m.def("attn_pool" SEER_ATTN_POOL_ARGS ") -> (Tensor out, Tensor lse, Tensor pooled)");
   // Block pooling (pools: bit set of 1 max, 2 min, 4 avg), per-head projection, RoPE.
   m.def("pool_gate" SEER_POOL_GATE_ARGS " -> Tensor");
   // fp32 [batch, heads_q, blocks_q, blocks_kv]; -inf where not visible.
@@ -43,8 +44,11 @@ STABLE_TORCH_LIBRARY(seer, m) {
   m.def("block_bits_from_indices(Tensor indices, Tensor counts, SymInt blocks_kv) -> Tensor");
   // For tests and benchmarks: by the kernels of one family alone (80 or 90; 0: as above).
   m.def("_block_sparse_attn_on" SEER_SPARSE_ARGS ", int arch=0) -> (Tensor out, Tensor lse)");
+  m.def("_attn_pool_on" SEER_ATTN_POOL_ARGS
+        ", int arch=0) -> (Tensor out, Tensor lse, Tensor pooled)");
+  // Checks the arguments; whether a compiled kernel serves them on q's (CUDA) device.
+  m.def("_attn_pool_has_kernel" SEER_ATTN_POOL_ARGS ") -> bool");
   // The checks of the ops whose CUDA implementation is registered from Python.
-  m.def("_check_attn_pool" SEER_ATTN_POOL_ARGS " -> ()");
   m.def("_check_pool_gate" SEER_POOL_GATE_ARGS " -> ()");
   m.def("_check_gate_scores" SEER_GATE_SCORES_ARGS " -> ()");
   m.def("_check_gate_select" SEER_GATE_SELECT_ARGS " -> ()");
@@ -53,7 +57,8 @@ STABLE_TORCH_LIBRARY(seer, m) {
 STABLE_TORCH_LIBRARY_IMPL(seer, CPU, m) {
   m.impl("block_sparse_attn", TORCH_BOX(&seer::binding::block_sparse_attn));
   m.impl("_block_sparse_attn_on", TORCH_BOX(&seer::binding::block_sparse_attn_on));
-  m.impl("attn_pool", TORCH_BOX(&seer::binding::attn_pool_cpu_op));
+  m.impl("attn_pool", TORCH_BOX(&seer::binding::attn_pool));
+  m.impl("_attn_pool_on", TORCH_BOX(&seer::binding::attn_pool_on));
   m.impl("pool_gate", TORCH_BOX(&seer::binding::pool_gate_cpu_op));
   m.impl("gate_scores", TORCH_BOX(&seer::binding::gate_scores_cpu_op));
   m.impl("gate_select", TORCH_BOX(&seer::binding::gate_select_cpu_op));
@@ -63,6 +68,8 @@ STABLE_TORCH_LIBRARY_IMPL(seer, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seer, CUDA, m) {
+  m.impl("attn_pool", TORCH_BOX(&seer::binding::attn_pool));
+  m.impl("_attn_pool_on", TORCH_BOX(&seer::binding::attn_pool_on));
   m.impl("block_sparse_attn", TORCH_BOX(&seer::binding::block_sparse_attn));
   m.impl("_block_sparse_attn_on", TORCH_BOX(&seer::binding::block_sparse_attn_on));
   m.impl("pack_block_bits", TORCH_BOX(&seer::binding::pack_block_bits));
@@ -71,7 +78,7 @@ STABLE_TORCH_LIBRARY_IMPL(seer, CUDA, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seer, CompositeExplicitAutograd, m) {
-  m.impl("_check_attn_pool", TORCH_BOX(&seer::binding::check_attn_pool));
+  m.impl("_attn_pool_has_kernel", TORCH_BOX(&seer::binding::attn_pool_has_kernel));
   m.impl("_check_pool_gate", TORCH_BOX(&seer::binding::check_pool_gate));
   m.impl("_check_gate_scores", TORCH_BOX(&seer::binding::check_gate_scores));
   m.impl("_check_gate_select", TORCH_BOX(&seer::binding::check_gate_select));
