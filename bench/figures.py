@@ -259,7 +259,7 @@ def support_section(variants: list[dict]) -> str:
                 _span({row["head_dim"] for row in of_sm}),
             ]
             if all("block_q" in row for row in of_sm):
-                spans.append(_span({row["block_q"] for row in of_sm}))
+                spans.append(_span({size for row in of_sm for size in block_q_of(row)}))
                 spans.append(_span({size for row in of_sm for size in block_kv_of(row)}))
             else:
                 spans += ["any", "any"]
@@ -269,6 +269,11 @@ def support_section(variants: list[dict]) -> str:
     bits = ", ".join(f"`{op}`" for op in BITS_OPS)
     lines.append(f"| {bits} | kernel | | | | | kernel |")
     return "\n".join(lines)
+
+
+def block_q_of(row: dict) -> list[int]:
+    """Query block sizes that a variant serves: attn_pool's kernels also twice their rows."""
+    return [row["block_q"]] if row["op"] == "block_sparse_attn" else [64, 128]
 
 
 def block_kv_of(row: dict) -> list[int]:

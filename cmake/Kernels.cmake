@@ -52,7 +52,9 @@ add_kernels(seer_kernels "${portable_archs}"
   csrc/common/varlen_fill.cu
   ${SEER_VARIANT_SOURCES})
 target_sources(seer_kernels PRIVATE
+  csrc/attn_pool/launch.cpp
   csrc/block_sparse_attn/launch.cpp
+  csrc/block_sparse_attn/launch_checks.cpp
   csrc/pool_gate/launch.cpp)
 target_link_libraries(seer_kernels PUBLIC "${SEER_CUDART}" dl rt pthread)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # csrc/variants.json, the support matrix, becomes one small CUDA source per row (they compile side
-# by side) and variants.inc, the rows of the C++ table. CMake reads the JSON itself, so a build
-# without Python's help sees the same table. SEER_VARIANT_SOURCES lists the portable sources,
+# by side) and, for each operator, <op>_variants.inc, the rows of its C++ table. CMake reads the
+# JSON itself, so a build without Python's help sees the same table. SEER_VARIANT_SOURCES lists the portable sources,
 # SEER_SM90_VARIANT_SOURCES those for compute capability 9.0 alone: empty without 90a in SEER_ARCHS,
 # as their instructions exist in no other architecture's code.
 set(variants_file "${CMAKE_CURRENT_SOURCE_DIR}/csrc/variants.json")
@@ -12,7 +12,8 @@ math(EXPR last_variant "${variant_count} - 1")
 
 # The fields of a row beside name, op, sm, dtype and head_dim, in the order of the C++ table.
 set(fields_of_block_sparse_attn block_q tile_kv threads smem_bytes)
-set(ops block_sparse_attn pool_gate gate_scores gate_select)
+set(fields_of_attn_pool ${fields_of_block_sparse_attn})
+set(ops block_sparse_attn attn_pool pool_gate gate_scores gate_select)
 
 set(SEER_VARIANT_SOURCES "")
 set(SEER_SM90_VARIANT_SOURCES "")

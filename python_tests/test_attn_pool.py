@@ -2,7 +2,6 @@
 """torch.ops.seer.attn_pool: out, lse and the block-pooled map against the oracle."""
 
 import math
-from functools import partial
 
 import attention
 import baselines
@@ -10,15 +9,14 @@ import inputs
 import numerics
 import pytest
 import torch
-from attention import BLOCKS, DTYPES, HEAD_DIMS, has_kernel, small
+from attention import BLOCKS, DTYPES, FAMILIES, HEAD_DIMS, has_kernel, small
 from grid import case_id, pairwise
+from numerics import EPS32
 
-from seer_cuda import reference
-from seer_cuda._composite import composite_ops
+import seer_cuda
+from seer_cuda import _attn_math, reference
 
-# compute-sanitizer looks at kernels of ours: a composite on CUDA has none.
-COMPILED = "attn_pool" not in composite_ops()
-
+MAX, SUM = 0, 1
 MAP_AXES = {4: ("batch", "head", "i", "j"), 3: ("head", "row", "j")}
 
 
@@ -32,52 +30,76 @@ def cases(device):
         "block": BLOCKS[device],
         "causal": (True, False),
         "per_token": (False, True),
+        "reduce": (MAX, SUM),
         "rows": rows,
         "group": (1, 4, 7),
         "family": inputs.FAMILIES,
         "layout": inputs.LAYOUTS,
         "batch": (1, 2),
     }
-    return pairwise(axes, core=("dtype", "head_dim", "causal"), copies=1)
+    return pairwise(axes, core=("dtype", "head_dim", "causal", "reduce"), copies=1)
 
 
 def params():
     for case in cases("cpu"):
-        yield pytest.param("cpu", case, id="cpu-" + case_id(case))
+        yield pytest.param("cpu", 0, case, id="cpu-" + case_id(case))
     sanitized = set()
-    for case in filter(partial(has_kernel, "cuda"), cases("cuda")):
-        marks = [pytest.mark.gpu]
-        kind = (case["head_dim"], case["per_token"])
-        if COMPILED and max(case["rows"]) <= 130 and kind not in sanitized:
-            sanitized.add(kind)
-            marks.append(pytest.mark.reduced)
-        yield pytest.param("cuda", case, id="cuda-" + case_id(case), marks=marks)
+    for arch in FAMILIES:
+        for case in cases("cuda"):
+            if not has_kernel("cuda", case, arch):
+                continue
+            marks = [pytest.mark.gpu]
+            kind = (arch, case["head_dim"], case["per_token"], case["reduce"])
+            if max(case["rows"]) <= 130 and kind not in sanitized:
+                sanitized.add(kind)
+                marks.append(pytest.mark.reduced)
+            yield pytest.param(
+                "cuda", arch, case, id=f"cuda-sm{arch}-" + case_id(case), marks=marks
+            )
 
 
-def run_and_check_pool(q, k, v, **kw):
+def pool_op(q, k, v, *, arch=None, **kw):
+    """attn_pool, by the kernels of one family if `arch` or attention.default_arch names it."""
+    arch = attention.default_arch if arch is None else arch
+    if arch == 0 or any(stride == 0 for x in (q, k, v) for stride in x.stride()):
+        return torch.ops.seer.attn_pool(q, k, v, **kw)
+    return torch.ops.seer._attn_pool_on(q, k, v, arch=arch, **kw)
+
+
+def run_and_check_pool(q, k, v, *, arch=None, **kw):
     """attn_pool on these inputs, all three results compared with the oracle."""
-    out, lse, pooled = torch.ops.seer.attn_pool(q, k, v, **kw)
+    out, lse, pooled = pool_op(q, k, v, arch=arch, **kw)
     assert pooled.dtype == torch.float32 and pooled.device == q.device
-    sparse_kw = {name: x for name, x in kw.items() if name != "per_token"}
+    own = ("per_token", "reduce")
+    sparse_kw = {name: x for name, x in kw.items() if name not in own}
     attention.check_attention("attn_pool", out, lse, q, k, v, None, **sparse_kw)
     _, _, ref = reference.attn_pool(q, k, v, **kw)
-    check_map(pooled, ref, baselines.attention(q, k, v, **sparse_kw).delta)
+    check_map(pooled, ref, baselines.attention(q, k, v, **sparse_kw).delta, **kw)
     return out, lse, pooled
 
 
-def check_map(pooled, ref, delta):
-    """p = exp(score - lse): both errors are at most delta, so p is off by a factor e^(2 delta)."""
+def check_map(pooled, ref, delta, *, reduce=MAX, per_token=False, block_q=64, block_kv=64, **_):
+    """p = exp(score - lse): both errors are at most delta, so p is off by a factor e^(2 delta).
+
+    A sum rounds once per term. CUDA rounds what each 16 rows add to a 2-D sum to a multiple of
+    2^-23.
+    """
+    extra = math.expm1(2 * delta) * ref
+    if reduce == SUM:
+        extra = extra + (block_q + block_kv) * EPS32 * ref
+        if pooled.is_cuda and not per_token:
+            extra = extra + block_q / 16 * 2.0**-24
     numerics.compare(
         "attn_pool pooled",
         pooled,
         ref,
-        extra=math.expm1(2 * delta) * ref,
+        extra=extra,
         axes=MAP_AXES[pooled.dim()],
     )
 
 
-@pytest.mark.parametrize("device, case", list(params()))
-def test_agrees_with_the_oracle(device, case, seed):
+@pytest.mark.parametrize("device, arch, case", list(params()))
+def test_agrees_with_the_oracle(device, arch, case, seed):
     heads_kv = 2 if case["group"] < 7 else 1
     q, k, v = inputs.qkv(
         case["family"],
@@ -92,8 +114,9 @@ def test_agrees_with_the_oracle(device, case, seed):
         layout=case["layout"],
         seed=seed,
     )
-    kw = {"block_q": case["block"][0], "block_kv": case["block"][1]}
-    run_and_check_pool(q, k, v, causal=case["causal"], per_token=case["per_token"], **kw)
+    kw = {"block_q": case["block"][0], "block_kv": case["block"][1], "reduce": case["reduce"]}
+    kw |= {"causal": case["causal"], "per_token": case["per_token"]}
+    run_and_check_pool(q, k, v, arch=arch, **kw)
 
 
 @pytest.mark.parametrize("rows", [(200, 200), (100, 300), (300, 100)])
@@ -126,24 +149,26 @@ def test_probabilities_never_exceed_one(device, seed):
     assert pooled.amax(-1).min() > 0
 
 
+@pytest.mark.parametrize("reduce", [MAX, SUM])
 @pytest.mark.parametrize("lengths", [([1, 64, 65, 0, 130], None), ([30, 100], [200, 100])])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("causal", [True, False])
-def test_varlen(device, lengths, per_token, causal, seed):
+def test_varlen(sparse_device, lengths, per_token, causal, reduce, seed):
     lengths_q, lengths_kv = lengths[0], lengths[1] or lengths[0]
     case = inputs.varlen(
         "normal",
         lengths_q,
         lengths_kv,
-        slack=inputs.SLACK[device],
-        device=device,
+        slack=inputs.SLACK[sparse_device],
+        device=sparse_device,
         heads_q=4,
         heads_kv=2,
         dtype=torch.float16,
         layout="gaps",
         seed=seed,
     )
-    _, _, pooled = run_and_check_pool(**case, per_token=per_token, causal=causal)
+    kw = {"per_token": per_token, "causal": causal, "reduce": reduce}
+    _, _, pooled = run_and_check_pool(**case, **kw)
     blocks_kv = attention.ceil_div(case["max_rows_kv"], 64)
     blocks_q = attention.ceil_div(case["max_rows_q"], 64)
     rows = case["q"].shape[0]
@@ -165,3 +190,97 @@ def test_zero_batch(device):
     out, lse, pooled = torch.ops.seer.attn_pool(*(x[:0] for x in small(device)))
     assert out.shape == (0, 150, 4, 64) and lse.shape == (0, 4, 150)
     assert pooled.shape == (0, 4, 3, 3)
+
+
+@pytest.mark.parametrize("rows", [(150, 150), (200, 100)])
+def test_a_row_of_shares_adds_up_to_one(device, rows, seed):
+    """Over the rows of a block that exist; those that see nothing count as zeros."""
+    q, k, v = small(device, rows=rows, seed=seed)
+    shares = seer_cuda.attn_pool(q, k, v, reduce="sum")[2].double().sum(-1)
+    seeing = [range(max(0, rows[0] - rows[1]), rows[0])]
+    blocks = [range(first, min(first + 64, rows[0])) for first in range(0, rows[0], 64)]
+    want = [sum(r in seeing[0] for r in block) / len(block) for block in blocks]
+    want = torch.tensor(want, dtype=torch.float64, device=device).expand_as(shares)
+    torch.testing.assert_close(shares, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("reduce", [MAX, SUM])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_scores_up_to_ten_thousand(sparse_device, per_token, reduce, seed):
+    """Rising scores, so that a row's reference is outgrown again and again."""
+    q, k, v = small(sparse_device, rows=(300, 700), heads=(2, 1), batch=1, seed=seed)
+    q[..., 0] = 64.0
+    rising = torch.arange(700, device=sparse_device) - 350.0
+    k[..., 0] = (rising * 3.5)[None, :, None].to(k.dtype)
+    kw = {"per_token": per_token, "reduce": reduce}
+    _, _, pooled = pool_op(q, k, v, **kw)
+    want = reference.attn_pool(q, k, v, **kw)[2]
+    scores = torch.einsum("brhd,bcud->bhrc", q.double(), k.double()) / 8
+    assert 9e3 < float(scores.abs().max()) < 1e4
+    assert ((pooled - want).abs() <= 1e-5 + 2.0**-8 * want).all()
+
+
+@pytest.mark.parametrize("reduce", [MAX, SUM])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_same_bits_every_time(sparse_device, per_token, reduce, seed):
+    q, k, v = small(sparse_device, rows=(1000, 1300), heads=(8, 2), head_dim=128, seed=seed)
+    kw = {"per_token": per_token, "reduce": reduce, "block_q": 128, "block_kv": 128}
+    first = pool_op(q, k, v, **kw)
+    for _ in range(3):
+        for name, a, b in zip(("out", "lse", "pooled"), pool_op(q, k, v, **kw), first, strict=True):
+            numerics.assert_bitwise(name, a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_attention_is_that_of_the_sparse_kernel(arch, seed):
+    """One kernel, with and without a map: out and lse have the same bits."""
+    q, k, v = small("cuda", rows=(700, 900), heads=(8, 2), head_dim=128, seed=seed)
+    out, lse, _ = pool_op(q, k, v, arch=arch)
+    dense = attention.sparse_op(q, k, v, arch=arch)
+    numerics.assert_bitwise("out", out, dense[0])
+    numerics.assert_bitwise("lse", lse, dense[1])
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_composite_sums(per_token, packed, seed):
+    """The torch operators behind attn_pool where no kernel serves."""
+    if packed:
+        lengths = [1, 64, 65, 0, 130]
+        case = inputs.varlen("normal", lengths, lengths, slack=inputs.SLACK["cpu"], seed=seed)
+    else:
+        q, k, v = small("cpu", rows=(150, 300), dtype=torch.float32, seed=seed)
+        case = {"q": q, "k": k, "v": v}
+    got = _attn_math.attn_pool(**case, per_token=per_token, reduce=SUM, chunk_rows=64)[2]
+    want = reference.attn_pool(**case, per_token=per_token, reduce=SUM)[2]
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
+
+
+def test_unknown_reduction():
+    q, k, v = small("cpu")
+    with pytest.raises(ValueError, match="seer::attn_pool: reduce: expected one of max, sum"):
+        seer_cuda.attn_pool(q, k, v, reduce="mean")
+    with pytest.raises(RuntimeError, match=r"seer::attn_pool: reduce: expected 0 \(max\)"):
+        torch.ops.seer.attn_pool(q, k, v, reduce=2)
+
+
+@pytest.mark.gpu
+def test_shapes_without_a_kernel_run_as_torch_operations(seed):
+    q, k, v = small("cuda", head_dim=40, dtype=torch.float32, seed=seed)
+    run_and_check_pool(q, k, v)
+
+
+@pytest.mark.gpu
+def test_extra_memory():
+    """At 32k columns less than 60 MB beside the outputs, whatever the heads (sm_90)."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("stated for compute capability 9.0")
+    q = torch.randn(1, 32768, 8, 128, device="cuda", dtype=torch.bfloat16)
+    torch.ops.seer.attn_pool(q[:, :, :1], q[:, :, :1], q[:, :, :1])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = torch.ops.seer.attn_pool(q, q, q)
+    held = sum(x.numel() * x.element_size() for x in results)
+    assert torch.cuda.max_memory_allocated() - before - held < 60e6

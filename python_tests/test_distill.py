@@ -77,6 +77,19 @@ def literal_loss(scores, target, drop, *, per_row=False):
     return 10.0 * total / (rows if per_row else scores.numel())
 
 
+@pytest.mark.parametrize("kind", ["prefill", "decode", "mse"])
+def test_nan_scores_show_in_the_loss(kind, seed):
+    """NaN in a row that is left out does not, of one sequence or of packed ones."""
+    scores, target = training_pair(seed)
+    cu_seqlens = torch.tensor([0, 8], dtype=torch.int32)
+    for row, finite in ((0, kind != "mse"), (6, False)):
+        bad = scores.clone()
+        bad[0, 1, row, 0] = torch.nan
+        assert distill.gate_loss(bad, target, kind=kind).isfinite() == finite
+        packed = distill.gate_loss(bad[0], target[0], kind=kind, cu_seqlens=cu_seqlens)
+        assert packed.isfinite() == finite
+
+
 def training_pair(seed, blocks=8):
     gen = inputs.generator(seed)
     scores = torch.randn(1, 2, blocks, blocks, generator=gen)

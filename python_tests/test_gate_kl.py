@@ -120,6 +120,20 @@ def test_stays_finite(seed):
     assert (grads[0][:, 19] != 0).any()
 
 
+def test_nan_scores_show_in_the_loss(device, seed):
+    """As they do in the gradients; NaN in a row that does not count stays out of both."""
+    q, k, pooled = embeddings((12, 12), device=device, seed=seed)
+    for row, finite in ((2, True), (7, False)):
+        bad = q.clone()
+        bad[0, row, 1, 3] = torch.nan
+        value, (grad_q, grad_k) = grads_of(lambda q, k: distill.gate_kl(q, k, pooled), (bad, k))
+        assert value.isfinite() == finite and grad_q.isfinite().all() == finite
+        assert grad_k.isfinite().all() == finite
+        scores = torch.ops.seer.gate_scores(bad, k)
+        loss = distill.gate_loss(scores, distill.target_prefill(pooled))
+        assert loss.isfinite() == finite
+
+
 def test_what_needs_no_gradient_gets_none(seed):
     q, k, pooled = embeddings((9, 9), seed=seed)
     assert not distill.gate_kl(q, k, pooled.requires_grad_()).requires_grad

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """seer_cuda.gate_mask, sparse_prefill, GateKeyCache: prefill with a gate, whole and in chunks."""
 
-import inputs
 import numerics
 import pytest
 import torch
 from attention import DTYPES
+from gates import capture, layer_inputs, make_gate
 
 from seer_cuda import (
-    AttnGate,
-    GateConfig,
     GateKeyCache,
     Rule,
     block_sparse_attn,
@@ -25,20 +23,6 @@ RULES = (
     Rule("density", 0.4, dense_last_rows=2),
     Rule("topp", 0.7),
 )
-
-
-def make_gate(device="cpu", dtype=torch.float32, seed=0, width=64, **config):
-    torch.manual_seed(seed)
-    config = GateConfig(4, 2, width, **({"gate_dim": width, "init_std": 0.3} | config))
-    return AttnGate(config).to(device, dtype)
-
-
-def layer_inputs(rows, device="cpu", dtype=torch.float32, *, batch=1, width=64, seed=0):
-    """q, k before RoPE and q_rope, k_rope, v: independent, as far as the gate can tell."""
-    options = {"rows_q": rows, "rows_kv": rows, "batch": batch, "heads_q": 4, "heads_kv": 2}
-    options |= {"head_dim": width, "dtype": dtype, "device": device}
-    q, k, _ = inputs.qkv("normal", **options, seed=seed)
-    return q, k, *inputs.qkv("normal", **options, seed=seed + 1)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.method)
@@ -184,49 +168,34 @@ def test_wrong_calls_are_explained(seed):
     for call in wrong:
         with pytest.raises(ValueError, match=FORM):
             call()
-    with pytest.raises(ValueError, match="seer::block_sparse_attn: mask: expected 4 x 4 blocks"):
-        sparse_prefill(q, k, k, q[:, :128], k[:, :128], gate)
 
 
-@pytest.mark.parametrize("rotary_dim", [None, 32, 0])
-def test_kept_tables_are_those_of_the_positions(device, rotary_dim, seed):
-    """Default positions go by tables that are kept; they never go stale or change a bit."""
-    gate = make_gate(device, seed=seed, rotary_dim=rotary_dim)
-    for rows in (70, 5000, 300, 9000, 5000):
-        q, k, *_ = layer_inputs(rows, device, seed=seed)
-        want = gate.embed(q, k, torch.arange(rows, device=device))
-        for a, b in zip(gate.embed(q, k), want, strict=True):
-            assert torch.equal(a, b)
-
-
-def test_tables_are_made_once(monkeypatch, seed):
+@pytest.mark.parametrize("name, rows_q, rows_kv", [("k_rope", 100, 128), ("q_rope", 90, 100)])
+def test_attention_gets_the_rows_of_the_gate(name, rows_q, rows_kv, seed):
+    """Also where the numbers of blocks agree: a padded KV cache would move the diagonal."""
     gate = make_gate(seed=seed)
-    made = []
-    make = AttnGate._rope_at
-    monkeypatch.setattr(AttnGate, "_rope_at", lambda *args: made.append(1) or make(*args))
-    for rows in (1000, 1000, 64, 5000, 5000, 300):
-        q, k, *_ = layer_inputs(rows, seed=seed)
-        gate_mask(q, k, gate)
-    assert len(made) == 2
+    q, k, q_rope, k_rope, v = layer_inputs(256, seed=seed)
+    form = rf"seer::sparse_prefill: {name}: expected .+, got .+\. \S.*\."
+    cache = GateKeyCache(gate, 1, 128).append(k[:, :100])
+    for keys in (k[:, :100], cache):
+        with pytest.raises(ValueError, match=form):
+            sparse_prefill(
+                q_rope[:, :rows_q], k_rope[:, :rows_kv], v[:, :rows_kv], q[:, :100], keys, gate
+            )
+    with pytest.raises(ValueError, match=r"seer::sparse_prefill: q_rope: expected \[batch, 100,"):
+        sparse_prefill(q_rope[0], k_rope, v, q[:, :100], k[:, :100], gate)
 
 
-def test_tables_made_in_inference_serve_training(device, seed):
+@pytest.mark.parametrize("made_in, used_in", [(True, False), (False, True), (True, True)])
+def test_a_cache_in_and_out_of_inference_mode(device, made_in, used_in, seed):
     gate = make_gate(device, seed=seed)
-    q, k, *_ = layer_inputs(300, device, seed=seed)
-    with torch.inference_mode():
-        gate_mask(q, k, gate)
-    gate(q, k).clamp_min(-1).sum().backward()
-    assert gate.mask_linear_k.weight.grad.abs().sum() > 0
-
-
-def test_rope_tables_move_with_the_gate(seed):
-    gate = make_gate(seed=seed)
-    q, k, *_ = layer_inputs(300, seed=seed)
-    before = gate_mask(q, k, gate)
-    gate.to("meta")
-    assert gate_mask(q.to("meta"), k.to("meta"), gate).device.type == "meta"
-    again = make_gate(seed=seed)
-    assert torch.equal(gate_mask(q, k, again).block_bits, before.block_bits)
+    q, k, *_ = layer_inputs(128, device, seed=seed)
+    with torch.inference_mode(made_in):
+        cache = GateKeyCache(gate, 1, 128).append(k[:, :64])
+    with torch.inference_mode(used_in):
+        cache.append(k[:, 64:])
+        mask = gate_mask(q, cache, gate, Rule("topk", 1))
+    assert torch.equal(mask.block_bits, gate_mask(q, k, gate, Rule("topk", 1)).block_bits)
 
 
 def test_compiles_whole(seed):
@@ -243,19 +212,6 @@ def test_compiles_whole(seed):
 
 
 # ----------------------------------------------------------------------------------------- CUDA
-
-
-def capture(call):
-    """(graph, its results): warmed up first, as torch asks."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph, results
 
 
 @pytest.mark.gpu
@@ -295,22 +251,6 @@ def test_one_graph_serves_changing_masks(rule, rows, qk_norm, seed):
             numerics.assert_bitwise(name, a, b)
         masks.append(results[0].clone())
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
-
-
-@pytest.mark.gpu
-def test_first_call_inside_a_capture(seed):
-    """Tables made during a capture are not kept: they hold nothing until the replay."""
-    gate = make_gate("cuda", torch.bfloat16, seed, width=128)
-    q, k, *_ = layer_inputs(1000, "cuda", torch.bfloat16, width=128, seed=seed)
-    other = make_gate("cuda", torch.bfloat16, seed, width=128)
-    want = gate_mask(q, k, other, Rule("topk", 3)).block_bits
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        bits = gate_mask(q, k, gate, Rule("topk", 3)).block_bits
-    eager = gate_mask(q, k, gate, Rule("topk", 3)).block_bits
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(eager, want) and torch.equal(bits, want)
 
 
 @pytest.mark.gpu

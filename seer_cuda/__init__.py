@@ -21,6 +21,7 @@ from seer_cuda import _autograd, _composite, _fake  # noqa: E402, F401
 
 # isort: on
 from seer_cuda import distill, reference, select  # noqa: E402
+from seer_cuda._attention_map import AttentionMap, attention_map  # noqa: E402
 from seer_cuda._version import __version__  # noqa: E402
 from seer_cuda.block_mask import BlockMask  # noqa: E402
 from seer_cuda.gate import AttnGate, GateConfig  # noqa: E402
@@ -36,12 +37,14 @@ from seer_cuda.prefill import gate_mask, sparse_prefill  # noqa: E402
 from seer_cuda.select import Rule  # noqa: E402
 
 __all__ = [
+    "AttentionMap",
     "AttnGate",
     "BlockMask",
     "GateConfig",
     "GateKeyCache",
     "Rule",
     "__version__",
+    "attention_map",
     "attn_pool",
     "block_sparse_attn",
     "distill",

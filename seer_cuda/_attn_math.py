@@ -65,6 +65,7 @@ def attn_pool(
     cu_seqlens_kv: Tensor | None = None,
     max_rows_q: int = 0,
     max_rows_kv: int = 0,
+    reduce: int = 0,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`seer::attn_pool` on any device: out, lse, pooled (contract: `seer_cuda.attn_pool`).
@@ -84,7 +85,7 @@ def attn_pool(
     shape = (*held, blocks_kv) if per_token else (batch, heads_q, blocks_q, blocks_kv)
     pooled = q.new_zeros(shape, dtype=wide)
 
-    options = (block_q, block_kv, causal, scale, per_token, chunk_rows)
+    options = (block_q, block_kv, causal, scale, per_token, reduce, chunk_rows)
     lengths = (cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv)
     for n, one in enumerate(_sequences(q, k, v, *lengths)):
         if not packed:
@@ -269,6 +270,7 @@ def _attend(
     causal: bool,
     scale: float | None,
     per_token: bool,
+    reduce: int,
     chunk_rows: int | None,
 ) -> None:
     """Fills out ``[rows_q, heads_q, d]``, lse ``[heads_q, rows_q]`` and pooled of one sequence."""
@@ -304,12 +306,22 @@ def _attend(
             out[at, heads] = result.transpose(0, 1).to(out.dtype)
             row_lse = top + mass.log()
             lse[heads, at] = row_lse.squeeze(-1)
-            prob = (block_top - row_lse.masked_fill(row_lse == -torch.inf, 0)).exp_()
+            if reduce:
+                prob = weight.unflatten(-1, (-1, block_kv)).sum(-1) / mass.masked_fill(mass == 0, 1)
+            else:
+                prob = (block_top - row_lse.masked_fill(row_lse == -torch.inf, 0)).exp_()
             if not per_token:
                 tail = -len(rows) % block_q
-                prob = F.pad(prob, (0, 0, 0, tail)).unflatten(1, (-1, block_q)).amax(2)
+                prob = F.pad(prob, (0, 0, 0, tail)).unflatten(1, (-1, block_q))
+                prob = prob.sum(2) / _rows_of_blocks(one, rows, block_q) if reduce else prob.amax(2)
             first = rows.start if per_token else rows.start // block_q
             pooled[heads, first : first + prob.shape[1], : prob.shape[2]] = prob
+
+
+def _rows_of_blocks(one: Sequence, rows: range, block_q: int) -> Tensor:
+    """fp32 ``[blocks, 1]``: how many of each block's rows exist in the sequence, at least 1."""
+    first = torch.arange(rows.start, rows.stop, block_q, device=one.q.device)
+    return (one.length_q - first).clamp(1, block_q)[:, None].to(torch.float32)
 
 
 def _attend_backward(

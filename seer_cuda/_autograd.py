@@ -5,9 +5,11 @@ pool_gate differentiates to x and weight, gate_scores to both embeddings, attn_p
 through `out`; its lse and pooled leave the graph (requires_grad False), so a loss on them fails
 loudly instead of training nothing. block_sparse_attn and gate_select are forward-only.
 
-The formulas are pure functions of `_attn_math` and `_gate_math`. Those with loops or data-dependent
-routing run inside an op of their own (``seer::_*_backward``), opaque to torch.compile, so that
-dynamic shapes stay dynamic. First derivatives only: the backward ops refuse a second one.
+On CUDA the gradient of attn_pool is computed by torch's own FlashAttention-2 where that serves
+(`_flash_backward`). The formulas are pure functions of `_attn_math` and `_gate_math`. Those with
+loops or data-dependent routing run inside an op of their own (``seer::_*_backward``), opaque to
+torch.compile, so that dynamic shapes stay dynamic. First derivatives only: the backward ops refuse
+a second one.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from seer_cuda import _attn_math, _gate_math
+from seer_cuda import _attn_math, _flash_backward, _gate_math
 
 _library = torch.library.Library("seer", "FRAGMENT")
 _library.define(
@@ -36,9 +38,17 @@ def _exact(grad: Tensor) -> Any:
     return torch.autocast(grad.device.type, enabled=False)
 
 
-def _attn_pool_backward_op(grad_out: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    with _exact(grad_out):
-        grads = _attn_math.attn_pool_backward(grad_out, *args, **kwargs)
+def _attn_pool_backward_op(
+    grad_out: Tensor, q: Tensor, k: Tensor, *rest: Any, **options: Any
+) -> tuple[Tensor, ...]:
+    v, out, lse, cu_seqlens_q, _ = rest
+    rule = {name: options[name] for name in ("causal", "scale")}
+    packed = cu_seqlens_q is not None
+    if _flash_backward.serves(q, k, packed=packed, dtype=grad_out.dtype, **rule):
+        grads = _flash_backward.backward(grad_out, q, k, v, out, lse, **rule)
+    else:
+        with _exact(grad_out):
+            grads = _attn_math.attn_pool_backward(grad_out, q, k, *rest, **options)
     return tuple(grad.contiguous() for grad in grads)
 
 

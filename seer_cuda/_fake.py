@@ -79,6 +79,7 @@ def _attn_pool(
     cu_seqlens_kv=None,
     max_rows_q=0,
     max_rows_kv=0,
+    reduce=0,
 ):
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
     _same_device("attn_pool", "q", q, k=k, v=v, **lengths)

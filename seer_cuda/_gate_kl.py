@@ -37,7 +37,7 @@ def _scores(queries: Tensor, keys: Tensor, scale: float | None, causal: bool) ->
 
 def _chunk(scores: Tensor, pooled: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Sum of the rows' divergences, and their gradient to the scores. Overwrites scores."""
-    hidden = ~(scores > -torch.inf)
+    hidden = scores == -torch.inf  # NaN is not: the loss must show what the gradients hold
     target = pooled.to(scores.dtype).masked_fill(hidden, 0)
     mass = target.sum(-1, keepdim=True)
     target = target.div_(mass.masked_fill(mass == 0, 1))

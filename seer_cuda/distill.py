@@ -119,7 +119,7 @@ def gate_loss(
 
     Returns:
         fp32 scalar. Finite, with finite gradients, for rows whose target is empty or whose scores
-        are all -inf too: such rows add 0 and count in the mean.
+        are all -inf too: such rows add 0 and count in the mean. NaN if a score that counts is.
 
     Raises:
         ValueError: unknown kind or reduction, shapes that differ, no row left, 3-D decode scores
@@ -148,7 +148,7 @@ def gate_loss(
     if cu_seqlens is None:
         scores, target = scores[..., first:, :], target[..., first:, :]
     scores, target = scores.to(torch.float32), target.detach().to(torch.float32)
-    visible = scores > -torch.inf
+    visible = scores != -torch.inf  # NaN is: the loss must show what the gradients hold
     if cu_seqlens is None:
         weight = 1 / (rows - first)
     else:
@@ -190,14 +190,15 @@ def gate_kl(
         k_gate: ``[batch, blocks_kv, heads_k, gate_dim]``, of q_gate's dtype; heads_k divides
             heads_q.
         pooled: ``[batch, heads_q, blocks_q, blocks_kv]`` >= 0, `attn_pool`'s map as it is (rows
-            are normalised here) or `target_prefill`'s. What it holds on hidden blocks is left out.
+            are normalised here) or `target_prefill`'s. What it holds on hidden blocks is left out
+            before rows are normalised (`gate_loss`: after; attn_pool's map holds nothing there).
         scale, causal: As in `seer_cuda.gate_scores`.
         reduction, drop_rows, loss_scale: As in `gate_loss`; by default a quarter of the rows is
             left out.
 
     Returns:
         fp32 scalar (float64 for float64 embeddings), differentiable once in q_gate and k_gate.
-        Rows without a target or a visible block add 0 and count in the mean.
+        Rows without a target or a visible block add 0 and count in the mean. NaN if a score is.
 
     Raises:
         ValueError: unknown reduction, embeddings or a map of another shape, or no row left.

@@ -19,6 +19,7 @@ from seer_cuda._checkpoint import released_gate_state
 from seer_cuda._contracts import check_gate_alignment
 from seer_cuda._gate_config import GATE_NAMES, GateConfig
 from seer_cuda._gate_math import norm_rotate
+from seer_cuda._rope_tables import KeptTables
 from seer_cuda.block_mask import BlockMask, ceil_div
 from seer_cuda.ops import POOLS, Method, gate_scores, pool_gate
 from seer_cuda.prefill import gate_mask
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from seer_cuda.gate_cache import GateKeyCache
 
 _Tables = tuple[Tensor | None, Tensor | None]
-
-_SHORTEST_TABLE = 64  # blocks; tables grow in powers of two from here
 
 
 class HeadLinear(nn.Module):
@@ -123,19 +122,26 @@ class AttnGate(nn.Module):
                 "seer::AttnGate: inv_freq: expected values, got a meta tensor. Leave it out, or "
                 "compute it on the CPU."
             )
-        self._frequencies = inv_freq.detach().to("cpu", torch.float32)
+        with torch.inference_mode(False):  # an own copy with a version, for the kept tables
+            self._frequencies = inv_freq.detach().to("cpu", torch.float32, copy=True)
         self.register_buffer("inv_freq", self._frequencies, persistent=False)
         self._place_frequencies()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttnGate:
         # .to(bfloat16) must not round the frequencies: at 128k tokens they are angles of 1e5.
+        placed = self.inv_freq
         super()._apply(fn, recurse)
-        self._place_frequencies()
+        if self.mask_linear_k.weight.device == placed.device:
+            # Not a copy, and the tables stay: a captured CUDA graph may read both.
+            self.inv_freq = placed
+        else:
+            self._place_frequencies()
         return self
 
     def _place_frequencies(self) -> None:
-        self.inv_freq = self._frequencies.to(self.mask_linear_k.weight.device)
-        self._kept_tables: list[tuple[Tensor, Tensor]] = []
+        with torch.inference_mode(False):
+            self.inv_freq = self._frequencies.to(self.mask_linear_k.weight.device)
+        self._kept_tables = KeptTables()
 
     def rope_tables(self, positions: Tensor) -> _Tables:
         """cos and sin, fp32 ``[..., blocks, rotary / 2]``, at the first token of every block.
@@ -156,32 +162,8 @@ class AttnGate(nn.Module):
         if positions is not None or self.config.rotary == 0:
             return (None, None) if positions is None else self.rope_tables(positions)
         block = self.config.block
-        begin, end = first // block, ceil_div(first + rows, block)
-        if torch.compiler.is_compiling():
-            # Kept tables would tie the compiled code to one length.
-            blocks = torch.arange(begin, end, device=self.inv_freq.device)
-            return self._rope_at(blocks * block)
-        for cos, sin in self._kept_tables:
-            if cos.shape[0] >= end and cos.device == self.inv_freq.device:
-                return cos[begin:end], sin[begin:end]
-        cos, sin = self._long_tables(end)
-        return cos[begin:end], sin[begin:end]
-
-    def _long_tables(self, blocks: int) -> tuple[Tensor, Tensor]:
-        """Tables of at least this many blocks, kept for later calls.
-
-        They are eight launches that depend on nothing but the length. Shorter tables are never
-        dropped: a captured CUDA graph may read them.
-        """
-        blocks = max(_SHORTEST_TABLE, 1 << (blocks - 1).bit_length())
-        device, block = self.inv_freq.device, self.config.block
-        with torch.inference_mode(False), torch.no_grad():
-            tables = self._rope_at(torch.arange(blocks, device=device) * block)
-        # What is made during a capture holds no values until the replay; a fake tensor never does.
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not capturing and type(tables[0]) is Tensor:
-            self._kept_tables.append(tables)
-        return tables
+        blocks = first // block, ceil_div(first + rows, block)
+        return self._kept_tables.get(self.inv_freq, blocks, block, self._rope_at)
 
     def embed(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Gate embeddings of q and k.

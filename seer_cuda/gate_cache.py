@@ -59,11 +59,12 @@ class GateKeyCache:
         config, weight = gate.config, gate.mask_linear_k.weight
         shape = (batch, ceil_div(max_rows, config.block), config.heads_k, config.gate_dim)
         self._gate = gate
-        self._room = torch.empty(
-            shape,
-            device=weight.device if device is None else device,
-            dtype=weight.dtype if dtype is None else dtype,
-        )
+        with torch.inference_mode(False):  # `append` may come outside of inference mode too
+            self._room = torch.empty(
+                shape,
+                device=weight.device if device is None else device,
+                dtype=weight.dtype if dtype is None else dtype,
+            )
         self._max_rows = max_rows
         self._rows = 0
 

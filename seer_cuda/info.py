@@ -69,8 +69,6 @@ def _op(op: str, core: Any, gpus: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _implementation(op: str, key: str) -> str:
-    if key == "CUDA" and op in _composite.composite_ops():
-        return "torch operations"
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"seer::{op}", key):
         return _COMPILED[key]
     return "none"
@@ -105,7 +103,9 @@ def _explain(core: Any, variant: dict[str, Any], sm: int) -> str:
 
 def _kernel(core: Any, variant: dict[str, Any], sms: list[int]) -> dict[str, Any]:
     """One compiled kernel, and which of the machine's GPUs would run it."""
-    same = [v for v in core.variants() if _problem(v) == _problem(variant)]
+    same = [
+        v for v in core.variants() if v["op"] == variant["op"] and _problem(v) == _problem(variant)
+    ]
     used_on = []
     for index, sm in enumerate(sms):
         # sm_80 kernels run on every later GPU, the others on the one architecture they name; the

@@ -35,6 +35,11 @@ from seer_cuda.select import Method, resolve_method
 #: Poolings in the order of their channels, and their bits in ``torch.ops.seer.pool_gate``.
 POOLS: dict[str, int] = {"max": POOL_MAX, "min": POOL_MIN, "avg": POOL_AVG}
 
+#: What `attn_pool` makes of a block's probabilities: names and the op's numbers.
+REDUCTIONS: dict[str, int] = {"max": 0, "sum": 1}
+
+Reduce = Literal["max", "sum"]
+
 
 @overload
 def block_sparse_attn(
@@ -178,17 +183,23 @@ def attn_pool(
     cu_seqlens_kv: Tensor | None = None,
     max_rows_q: int = 0,
     max_rows_kv: int = 0,
+    reduce: Reduce = "max",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention and the block maxima of its probabilities: what a gate is distilled from.
 
     ``pooled[i, j] = max P[r, c]`` over the rows r of query block i and the visible columns c of KV
     block j, with P the softmax probabilities (SeerAttention, Gao et al. 2024, section 3.2).
+    To look at a map, see `seer_cuda.attention_map`.
 
     Args:
         q, k, v, scale, causal, cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv: As in
             `block_sparse_attn` without a mask.
         block_q, block_kv: Tokens per block: 64 or 128 (CPU also 16, 32).
         per_token: Keep every query row: ``pooled[r, j] = max_c P[r, c]`` (SeerAttention-R).
+        reduce: ``"max"``; or ``"sum"``, the attention that a block receives: the sum over its
+            columns, averaged over those rows of the query block that exist. Each row of blocks
+            then adds up to 1 (if all of its rows see something). The CUDA kernels round 2-D sums
+            to multiples of 2^-23.
 
     Returns:
         (out, lse, pooled): out and lse as in `block_sparse_attn`; pooled fp32 ``[batch, heads_q,
@@ -201,8 +212,14 @@ def attn_pool(
     requires_grad is False on both.
 
     Raises:
+        ValueError: reduce is neither of the two.
         RuntimeError: refused by the op.
     """
+    if reduce not in REDUCTIONS:
+        raise ValueError(
+            f"seer::attn_pool: reduce: expected one of {', '.join(REDUCTIONS)}, got {reduce!r}. "
+            "Choose one."
+        )
     return torch.ops.seer.attn_pool(
         q,
         k,
@@ -216,6 +233,7 @@ def attn_pool(
         cu_seqlens_kv=cu_seqlens_kv,
         max_rows_q=max_rows_q,
         max_rows_kv=max_rows_kv,
+        reduce=REDUCTIONS[reduce],
     )
 
 

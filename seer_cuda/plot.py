@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of block masks (matplotlib, an optional extra)."""
+"""Pictures of block masks and attention maps (matplotlib, an optional extra)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from seer_cuda.block_mask import BlockMask
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from seer_cuda._attention_map import AttentionMap
 
 # Colour-blind safe (Okabe and Ito 2008): blue on light grey differs in lightness too, so the
 # picture survives greyscale printing.
@@ -119,6 +121,57 @@ def plot_block_mask(
     return figure
 
 
+def plot_attention_map(
+    found: AttentionMap, *, batch: int = 0, max_heads: int = 8, title: str | None = None
+) -> Figure:
+    """Draws the map of each head as a small panel on a logarithmic scale.
+
+    Args:
+        found: From `seer_cuda.attention_map`. It is copied to the host.
+        batch: Which batch entry.
+        max_heads: Panels at most; the first heads are drawn.
+        title: Of the whole figure; default: block counts and sizes.
+
+    Returns:
+        A matplotlib Figure, not shown; save it with ``figure.savefig(path)``.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    plt, colors = _matplotlib()
+    values, visible = found.values[batch].detach().float().cpu(), found.visible().cpu()
+    heads = min(values.shape[0], max_heads)
+    columns = max(1, min(heads, 4))
+    lines = max(1, math.ceil(heads / columns))
+    figure, axes = plt.subplots(
+        lines,
+        columns,
+        figsize=(max(4.4, 2.4 * columns + 0.6), 2.5 * lines + 0.6),
+        squeeze=False,
+        layout="constrained",
+    )
+    scale = colors.LogNorm(vmin=_scale_floor(values, visible), vmax=1.0)
+    image = None
+    for head in range(lines * columns):
+        panel = axes[head // columns][head % columns]
+        if head >= heads:
+            panel.axis("off")
+            continue
+        shown = values[head].clamp_min(scale.vmin).masked_fill(~visible, math.nan)
+        image = panel.imshow(
+            shown.numpy(), cmap="cividis", norm=scale, interpolation="nearest", aspect="auto"
+        )
+        panel.set_title(f"head {head}", fontsize=9)
+        _style_panel(panel, tuple(values.shape[-2:]), head % columns == 0)
+    if image is not None:
+        kinds = {"max": "largest probability in block", "sum": "block's share of the attention"}
+        figure.colorbar(image, ax=axes, shrink=0.8, label=kinds[found.reduce])
+    blocks_q, blocks_kv = values.shape[-2:]
+    size = f"{blocks_q} x {blocks_kv} blocks of {found.block_q} x {found.block_kv} tokens"
+    figure.suptitle(title or size, fontsize=11)
+    return figure
+
+
 def _scale_floor(pooled: Tensor, visible: Tensor) -> float:
     """Low end of the colour scale: the power of ten below nearly all visible values."""
     seen = pooled.detach().float().cpu()[..., visible]
@@ -129,8 +182,12 @@ def _scale_floor(pooled: Tensor, visible: Tensor) -> float:
 
 
 def _style(panel: Axes, mask: BlockMask, first: bool) -> None:
-    panel.set_xticks([0, mask.blocks_kv - 1])
-    panel.set_yticks([0, mask.blocks_q - 1])
+    _style_panel(panel, (mask.blocks_q, mask.blocks_kv), first)
+
+
+def _style_panel(panel: Axes, blocks: tuple[int, int], first: bool) -> None:
+    panel.set_xticks([0, blocks[1] - 1])
+    panel.set_yticks([0, blocks[0] - 1])
     panel.tick_params(length=2, labelsize=7, labelleft=first)
     if first:
         panel.set_ylabel("query block", fontsize=8)

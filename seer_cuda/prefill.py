@@ -150,6 +150,14 @@ def sparse_prefill(
         NotImplementedError: on backward; the attention is forward-only.
     """
     mask = gate_mask(q, k, gate, select, positions)
+    # block_sparse_attn compares numbers of blocks; other rows in the last one move the diagonal.
+    for name, x, rows in (("q_rope", q_rope, mask.rows_q), ("k_rope", k_rope, mask.rows_kv)):
+        if x.dim() != 4 or x.shape[1] != rows:
+            raise ValueError(
+                f"seer::sparse_prefill: {name}: expected [batch, {rows}, heads, head_dim], the "
+                f"rows of {name[0]} before RoPE, got {list(x.shape)}. Pass the same tokens; cut a "
+                "padded KV cache to them."
+            )
     if return_lse:
         return block_sparse_attn(q_rope, k_rope, v, mask, scale=scale, return_lse=True)
     return block_sparse_attn(q_rope, k_rope, v, mask, scale=scale)

@@ -157,6 +157,7 @@ def attn_pool(
     cu_seqlens_kv: Tensor | None = None,
     max_rows_q: int = 0,
     max_rows_kv: int = 0,
+    reduce: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention and its block-pooled map (SeerAttention, Gao et al. 2024, section 3.2).
 
@@ -164,29 +165,26 @@ def attn_pool(
     ``pooled[i, j] = max_{r in block i, c in block j} P[r, c]``
     per_token: ``pooled[r, j] = max_{c in block j} P[r, c]``
 
+    reduce 1: ``mean_{r in block i} sum_{c in block j} P[r, c]``, the mean over rows that exist
+
     out and lse as `block_sparse_attn` without a mask. pooled ``[batch, heads_q, blocks_q,
     blocks_kv]``, per_token ``[batch, heads_q, rows_q, blocks_kv]``, per_token and varlen
     ``[heads_q, total_q, blocks_kv]``; 0 where a shorter sequence ends.
     """
     varlen = cu_seqlens_q is not None
     lengths = (cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv)
-    heads = q.shape[-2]
     rows_q, rows_kv = (max_rows_q, max_rows_kv) if varlen else (q.shape[1], k.shape[1])
-    batch = cu_seqlens_q.shape[0] - 1 if varlen else q.shape[0]
+    batch, heads = cu_seqlens_q.shape[0] - 1 if varlen else q.shape[0], q.shape[-2]
     blocks_q, blocks_kv = -(-rows_q // block_q), -(-rows_kv // block_kv)
     out, lse = _empty_outputs(q)
-    if not per_token:
-        pooled = out.new_zeros(batch, heads, blocks_q, blocks_kv)
-    elif varlen:
-        pooled = out.new_zeros(heads, q.shape[0], blocks_kv)
-    else:
-        pooled = out.new_zeros(batch, heads, rows_q, blocks_kv)
-
+    held = (heads, q.shape[0]) if varlen else (batch, heads, rows_q)
+    pooled = out.new_zeros(*(held if per_token else (batch, heads, blocks_q)), blocks_kv)
     for n, at_q, at_kv in sequences(q, k, *lengths):
         out_n, lse_n, prob = _attend(q[at_q], k[at_kv], v[at_kv], None, causal, scale)
         out[at_q] = out_n
         _lse_rows(lse, at_q).copy_(lse_n.detach())
-        map_n = block_max(prob.detach(), 1 if per_token else block_q, block_kv)
+        height, pool = 1 if per_token else block_q, block_mean_sum if reduce else block_max
+        map_n = pool(prob.detach(), height, block_kv)
         where = pooled[:, at_q] if per_token and varlen else pooled[n]
         where[:, : map_n.shape[1], : map_n.shape[2]] = map_n
     return out, lse, pooled
@@ -268,14 +266,23 @@ def _lse_rows(lse, at_q):
     return lse[:, at_q] if lse.dim() == 2 else lse[at_q]
 
 
-def block_max(x, block_q, block_kv):
-    """Maximum over blocks of ``[..., rows_q, rows_kv]``, x >= 0: ragged blocks are padded by 0."""
-    rows_q, rows_kv = x.shape[-2:]
-    blocks_q, blocks_kv = -(-rows_q // block_q), -(-rows_kv // block_kv)
+def block_tiles(x, block_q, block_kv):
+    """``[..., blocks_q, block_q, blocks_kv, block_kv]``: ragged blocks are padded by 0."""
+    blocks_q, blocks_kv = -(-x.shape[-2] // block_q), -(-x.shape[-1] // block_kv)
     padded = x.new_zeros(*x.shape[:-2], blocks_q * block_q, blocks_kv * block_kv)
-    padded[..., :rows_q, :rows_kv] = x
-    tiles = padded.unflatten(-1, (blocks_kv, block_kv)).unflatten(-3, (blocks_q, block_q))
-    return tiles.amax((-3, -1))
+    padded[..., : x.shape[-2], : x.shape[-1]] = x
+    return padded.unflatten(-1, (blocks_kv, block_kv)).unflatten(-3, (blocks_q, block_q))
+
+
+def block_max(x, block_q, block_kv):
+    """Maximum over blocks of ``[..., rows_q, rows_kv]``, x >= 0."""
+    return block_tiles(x, block_q, block_kv).amax((-3, -1))
+
+
+def block_mean_sum(x, block_q, block_kv):
+    """Sum along the columns of each block, mean over those of its rows that exist."""
+    rows = block_tiles(torch.ones_like(x[..., :1]), block_q, 1).sum((-3, -1))
+    return block_tiles(x, block_q, block_kv).sum((-3, -1)) / rows
 
 
 # -------------------------------------------------------------------------------- the gate

@@ -39,8 +39,7 @@ namespace seer::dev {
 struct TilePlace {
   int tile, head_q, head_kv, batch;
 
-  __device__ __forceinline__ explicit TilePlace(const Sm80Params& p) {
-    unsigned index = blockIdx.x;
+  __device__ __forceinline__ TilePlace(const Sm80Params& p, unsigned index) {
     const unsigned member = index % p.group;
     index /= p.group;
     tile = p.tiles_q - 1 - static_cast<int>(index % p.tiles_q);
@@ -123,10 +122,9 @@ __device__ __forceinline__ void store_output(WarpTile<Traits>& warp_tile, const 
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
-    block_sparse_attn_sm80(const __grid_constant__ Sm80Params p) {
-  extern __shared__ __align__(1024) char smem[];
-  const TilePlace place(p);
+__device__ __forceinline__ void compute_tile(const typename Traits::Params& p, char* smem,
+                                             unsigned index) {
+  const TilePlace place(p, index);
 
   // The sequence: row counts, and pointers to its first row in this head.
   int rows_q = p.rows_q, rows_kv = p.rows_kv;
@@ -161,7 +159,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   }
   BlockBitWalk walk(bits, p.two_tiles_per_block, tiles_kv);
 
-  auto* parked = reinterpret_cast<Sm80Parked*>(smem + Traits::kSmemParked);
+  auto* parked = reinterpret_cast<typename Traits::Parked*>(smem + Traits::kSmemParked);
   if (threadIdx.x == 0) {
     parked->bits = bits;
     parked->k = k;
@@ -175,6 +173,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     parked->first_limit = first_limit;
     parked->first_masked =
         p.score_sign < 0 ? 0 : max(min(first_limit, rows_kv), 0) / Traits::kTileKv;
+    if constexpr (Traits::Map::kKeeps) parked->park(q_start, rows_q, tiles_kv);
   }
   __syncthreads();
 
@@ -207,19 +206,50 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
       warp_tile.mask(tile * Traits::kTileKv, p.score_sign, lane,
                      parked->first_limit + warp * Traits::kWarpRows, parked->rows_kv);
     }
-    warp_tile.update_softmax(p.scale_log2);
+    float maxima[WarpTile<Traits>::kRows];
+    warp_tile.update_softmax(p.scale_log2, maxima);
+    if constexpr (Traits::Map::kKeeps) {
+      Traits::Map::keep_maxima(p, warp_tile.softmax, *parked, tile, maxima);
+    }
     warp_tile.begin_probabilities(p.scale_log2);
     cp_async_wait_all();
     __syncthreads();
+    [[maybe_unused]] const int this_tile = tile;
     tile = next_tile();
     if (tile >= 0) load_k(tile);
     warp_tile.multiply_pv(smem_v, lane_offsets, p.scale_log2);
+    if constexpr (Traits::Map::kKeeps) {
+      Traits::Map::keep_sums(p, warp_tile.softmax, *parked, this_tile);
+    }
   }
 
   // No tile: Q may still be in flight into the rows that the output is about to use.
   cp_async_wait_all();
   __syncthreads();
   store_output<Traits>(warp_tile, *parked, p.out_row_stride, smem + warp * kWarpBytes, warp, lane);
+  if constexpr (Traits::Map::kKeeps) {
+    Traits::Map::finish(p, warp_tile.softmax, *parked);
+  }
+}
+
+// One tile per CTA; with a map, whose scratch memory is a CTA's own, as many CTAs as there is scratch
+// memory for, and a tile after the other.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
+    block_sparse_attn_sm80(const __grid_constant__ typename Traits::Params p) {
+  extern __shared__ __align__(1024) char smem[];
+  if constexpr (Traits::Map::kKeeps) {
+    auto& parked = *reinterpret_cast<typename Traits::Parked*>(smem + Traits::kSmemParked);
+    for (unsigned index = blockIdx.x; index < p.tiles;) {
+      if (threadIdx.x == 0) parked.index = index;
+      compute_tile<Traits>(p, smem, index);
+      __syncthreads();
+      index = parked.index + gridDim.x;
+      __syncthreads();  // shared memory is used again
+    }
+  } else {
+    compute_tile<Traits>(p, smem, blockIdx.x);
+  }
 }
 
 }  // namespace seer::dev

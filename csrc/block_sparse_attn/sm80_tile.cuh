@@ -92,8 +92,9 @@ struct WarpTile {
   }
 
   // Brings the references up to date with the new scores, and the output with the references.
-  __device__ __forceinline__ void update_softmax(float scale_log2) {
-    float maxima[kRows], shrink[kRows];
+  // Afterwards maxima[i] is the largest score of row i in the tile, in units of log2.
+  __device__ __forceinline__ void update_softmax(float scale_log2, float (&maxima)[kRows]) {
+    float shrink[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int m = i / 2, e = i % 2 * 2;

@@ -27,8 +27,19 @@ struct Sm80Parked {
   int first_limit;   // row r of the tile sees columns below min(first_limit + r, rows_kv)
 };
 
+struct Sm80Params;
+
+// What a kernel keeps of the scores beside the output: nothing. attn_pool/sm80_row_map.cuh keeps a
+// number per row and KV tile.
+struct Sm80NoMap {
+  static constexpr bool kKeeps = false;
+};
+
 template <BlockSparseAttnKey kKey>
 struct Sm80Traits {
+  using Params = Sm80Params;
+  using Map = Sm80NoMap;
+  using Parked = Sm80Parked;
   using Element = std::conditional_t<kKey.dtype == DType::kBFloat16, __nv_bfloat16, __half>;
 
   static constexpr int kHeadDim = kKey.head_dim;

@@ -40,6 +40,8 @@ class ChunkCounters {
 template <class Traits>
 class Consumer {
   using Element = typename Traits::Element;
+  using Params = typename Traits::Params;
+  using Map = typename Traits::Map;
   static constexpr int kSteps = Traits::kHeadDim / 16;  // k-steps of Q K^T
   static constexpr bool kQInRegisters = Traits::kQRegisterSteps == kSteps;
   // Any bound up to kStagesK + kStagesV is free of deadlock; further away than the ring of K
@@ -47,8 +49,8 @@ class Consumer {
   static constexpr int kMaxGap = Traits::kStagesK;
 
  public:
-  __device__ __forceinline__ Consumer(const Sm90Params& params, SmemAddress shared, int consumer_)
-      : p(params), base(shared), reader(shared), consumer(consumer_) {}
+  __device__ __forceinline__ Consumer(const Params& params, SmemAddress shared, int consumer_)
+      : p(params), base(shared), reader(shared), consumer(consumer_), map(params) {}
 
   __device__ __forceinline__ void run() {
     for (;;) {
@@ -169,6 +171,7 @@ class Consumer {
         issue_values(load);
         Load later;
         more = next_load(later);  // in the shadow of the products
+        keep(load);
         cute::warpgroup_wait<1>();
         pin(scores);
         arrive(base + Traits::kEmptyK + 8 * next.stage_k());
@@ -179,6 +182,7 @@ class Consumer {
       if (!more && frees_q) release_q();
       mbarrier_wait(base + Traits::kFullV + load.barrier(), load.parity());
       issue_values(load);
+      keep(load);
       cute::warpgroup_wait<0>();
       pin(out);
       arrive(base + Traits::kEmptyV + 8 * load.stage_v());
@@ -219,6 +223,14 @@ class Consumer {
     cute::warpgroup_commit_batch();
   }
 
+  // What the map has of the KV tile whose P V was just issued.
+  __device__ __forceinline__ void keep(const Load& load) {
+    if constexpr (Map::kKeeps) {
+      map.keep(entry_tile(reader.entry(load.position(), Traits::kPageEntries)),
+               softmax.references());
+    }
+  }
+
   // Softmax: scores become the operand of the next issue_values(). `empty_v`: the barrier on which
   // to release the V that is being multiplied meanwhile (0: none is).
   __device__ __forceinline__ void make_weights(const Load& load, SmemAddress empty_v = 0) {
@@ -229,7 +241,10 @@ class Consumer {
       if (load.masked()) mask(entry_tile(reader.entry(load.position(), entries)));
       rescales = softmax.raise(scores, scale, shrink);
     }
-    rescales = softmax.weigh(scores, scale, shrink, rescales);
+    if constexpr (Map::kKeeps) map.note_scores(softmax, scores, scale);
+    float added[2];
+    rescales = softmax.weigh(scores, scale, shrink, rescales, added);
+    if constexpr (Map::kKeeps) map.note_sums(added);
     // Not under a condition: the four warps must meet here, and each has its own references.
     cute::warpgroup_wait<0>();
     pin(out);
@@ -282,8 +297,9 @@ class Consumer {
     const int64_t first_row = int64_t{page.q_start} + unit.first_row;
     const int64_t batch = page.batch;
     const bool packed = p.cu_seqlens_q != nullptr;
-    if (!careful && !softmax.in_range(out)) reader.mark(warp);
-    reader.release();
+    const bool is_final = careful || softmax.in_range(out);
+    if (!is_final) reader.mark(warp);
+    if constexpr (!Map::kKeeps) reader.release();
 
     softmax.finish();
     const int quad_lane = lane() % 4;
@@ -313,6 +329,24 @@ class Consumer {
         }
       }
     }
+    if constexpr (Map::kKeeps) {
+      // A vote and not a branch on what each lane holds: a warp that might be divergent from here on
+      // would lose its uniform registers, and the loop half of its speed.
+      if (__all_sync(kFullWarp, is_final && rows > 0)) map.finish(softmax, page, unit);
+      reader.release();
+      // Nothing of the unit is left, and the compiler is told: finish() needs these registers.
+      fill(out, 0.0f);
+      fill(scores, 0.0f);
+      fill(weights, 0u);
+#pragma unroll
+      for (auto& step : q) fill(step, 0u);
+    }
+  }
+
+  template <class T, int kCount>
+  static __device__ __forceinline__ void fill(T (&registers)[kCount], T value) {
+#pragma unroll
+    for (T& x : registers) x = value;
   }
 
   // Word i of lane l becomes word l of lane i, in each quad.
@@ -328,7 +362,7 @@ class Consumer {
     (upper ? words[1] : words[3]) = d;
   }
 
-  const Sm90Params& p;
+  const Params& p;
   const SmemAddress base;
   PageReader<Traits> reader;
   const int consumer;
@@ -339,6 +373,7 @@ class Consumer {
   // The page's entries: of 32 from `chunk` on, each lane holds one's Load; `own` are those to do.
   int entries = 0, first_slot = 0, chunk = 0;
   uint32_t load_word = 0, own = 0;
+  Map map;
 
   float out[Traits::kHeadDim / 2];
   float scores[32];

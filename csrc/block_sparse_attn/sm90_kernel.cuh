@@ -49,7 +49,7 @@ __device__ __forceinline__ void init_shared(SmemAddress base) {
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-    block_sparse_attn_sm90(const __grid_constant__ Sm90Params p) {
+    block_sparse_attn_sm90(const __grid_constant__ typename Traits::Params p) {
   const auto base = static_cast<SmemAddress>(__cvta_generic_to_shared(&shared_object<char>(0)));
   // Shuffled, so that the compiler knows that roles are the same for a whole warp.
   const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32, 0);

@@ -159,6 +159,25 @@ inline cudaError_t to_sm90_params(const BlockSparseAttnParams& params, int cache
   return cudaSuccess;
 }
 
+// Enqueues the kernel with its parameters.
+template <class Traits>
+cudaError_t enqueue_sm90(typename Traits::Params& p, int processors, cudaStream_t stream) {
+  constexpr auto kKernel = &dev::block_sparse_attn_sm90<Traits>;
+  cudaError_t error = allow_shared_memory<kKernel>(Traits::kSmemBytes);
+  if (error != cudaSuccess) return error;
+  const int64_t tiles =
+      int64_t{p.batch} * p.heads_kv * dev::TileOrder<Traits>::tiles_of_head(p, p.rows_q);
+  const auto grid = static_cast<unsigned>(std::min<int64_t>(tiles, processors));
+  if (tiles <= processors) {
+    p.next_tile = nullptr;  // every CTA's first tile is its only one
+  } else {
+    error = cudaMemsetAsync(p.next_tile, 0, sizeof(int), stream);
+    if (error != cudaSuccess) return error;
+  }
+  kKernel<<<grid, Traits::kThreads, Traits::kSmemBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
 template <class Traits>
 cudaError_t launch_sm90(const BlockSparseAttnParams& params, cudaStream_t stream) {
   Sm90Device device;
@@ -167,20 +186,7 @@ cudaError_t launch_sm90(const BlockSparseAttnParams& params, cudaStream_t stream
   Sm90Params p;
   error = to_sm90_params(params, device.cache_bytes, &p);
   if (error != cudaSuccess) return error;
-  constexpr auto kKernel = &dev::block_sparse_attn_sm90<Traits>;
-  error = allow_shared_memory<kKernel>(Traits::kSmemBytes);
-  if (error != cudaSuccess) return error;
-  const int64_t tiles =
-      int64_t{p.batch} * p.heads_kv * dev::TileOrder<Traits>::tiles_of_head(p, p.rows_q);
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(tiles, device.processors));
-  if (tiles <= device.processors) {
-    p.next_tile = nullptr;  // every CTA's first tile is its only one
-  } else {
-    error = cudaMemsetAsync(p.next_tile, 0, sizeof(int), stream);
-    if (error != cudaSuccess) return error;
-  }
-  kKernel<<<grid, Traits::kThreads, Traits::kSmemBytes, stream>>>(p);
-  return cudaGetLastError();
+  return enqueue_sm90<Traits>(p, device.processors, stream);
 }
 
 template <BlockSparseAttnKey kKey>

@@ -47,16 +47,23 @@ class Sm90Softmax {
   // Whether the next tile needs raise().
   __device__ __forceinline__ bool careful() const { return next_careful; }
 
-  // Brings the references up to date with new scores. True (for the whole warp) if what was
-  // accumulated so far must be multiplied by shrink[half]. May change `scale`, the factor from
-  // scores to units of log2.
-  __device__ __forceinline__ bool raise(float (&s)[32], float& scale, float (&shrink)[2]) {
-    float top[2] = {fmaxf(s[0], s[1]), fmaxf(s[2], s[3])};
+  // The largest of the lane's scores in each row.
+  static __device__ __forceinline__ void maxima(const float (&s)[32], float (&top)[2]) {
+    top[0] = fmaxf(s[0], s[1]);
+    top[1] = fmaxf(s[2], s[3]);
 #pragma unroll
     for (int i = 4; i < 32; i += 4) {
       top[0] = fmaxf(top[0], fmaxf(s[i], s[i + 1]));
       top[1] = fmaxf(top[1], fmaxf(s[i + 2], s[i + 3]));
     }
+  }
+
+  // Brings the references up to date with new scores. True (for the whole warp) if what was
+  // accumulated so far must be multiplied by shrink[half]. May change `scale`, the factor from
+  // scores to units of log2.
+  __device__ __forceinline__ bool raise(float (&s)[32], float& scale, float (&shrink)[2]) {
+    float top[2];
+    maxima(s, top);
     bool rises = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -95,13 +102,14 @@ class Sm90Softmax {
     return rescale;
   }
 
-  // Turns scores into weights and adds them up. `raised`: what raise() said of this tile; the
-  // result and shrink then tell of both steps.
+  // Turns scores into weights and adds them up, those of this tile in added[]. `raised`: what
+  // raise() said of it; the result and shrink then tell of both steps.
   __device__ __forceinline__ bool weigh(float (&s)[32], float scale, float (&shrink)[2],
-                                        bool raised) {
+                                        bool raised, float (&added)[2]) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -reference[i / 2 % 2]));
-    float added[2] = {s[0] + s[1], s[2] + s[3]};
+    added[0] = s[0] + s[1];
+    added[1] = s[2] + s[3];
 #pragma unroll
     for (int i = 4; i < 32; i += 4) {
       added[0] += s[i] + s[i + 1];
@@ -150,6 +158,8 @@ class Sm90Softmax {
   __device__ __forceinline__ float inverse_sum(int half) const {
     return sum[half] == 0.0f ? 0.0f : reciprocal_fast(sum[half]);
   }
+  // What the weights of a row are relative to at present.
+  __device__ __forceinline__ const float (&references() const)[2] { return reference; }
 
  private:
   static constexpr float kSlack = 8.0f;  // a careful reference rises when outgrown by 2^8

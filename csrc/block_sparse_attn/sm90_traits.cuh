@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "block_sparse_attn/sm90_no_map.cuh"
 #include "block_sparse_attn/variant.h"
 
 namespace seer {
@@ -44,8 +45,12 @@ struct Sm90Search {
   int first_sequence, tiles_before;
 };
 
+struct Sm90Params;
+
 template <BlockSparseAttnKey kKey>
 struct Sm90Traits {
+  using Params = Sm90Params;
+  using Map = dev::Sm90NoMap;
   using Element = std::conditional_t<kKey.dtype == DType::kBFloat16, __nv_bfloat16, __half>;
 
   static constexpr int kHeadDim = kKey.head_dim;

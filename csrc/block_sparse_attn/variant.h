@@ -23,6 +23,15 @@ struct BlockSparseAttnKey {
   int smem_bytes;
 };
 
+// Portable kernels (family 80) run on every GPU from the lowest architecture on that this build was
+// made for; the others only on the compute capability they name.
+bool family_runs_on(int family, int sm);
+
+// Whether TMA can address q, k and v: it takes neither an empty tensor nor a stride of 0 (an
+// expanded dimension), and 40 bits of a stride in bytes. A stride along a dimension of size 1 is
+// never used.
+bool sm90_addressable(const BlockSparseAttnParams& params);
+
 // Enqueues one kernel with params that were checked; returns the cudaError_t.
 template <BlockSparseAttnKey kKey>
 int launch_variant(const BlockSparseAttnParams& params, CUstream_st* stream);

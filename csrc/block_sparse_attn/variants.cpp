@@ -9,17 +9,11 @@
 #include "block_sparse_attn/variant.h"
 
 namespace seer {
-namespace {
 
-// Portable kernels run on every GPU from the lowest architecture on that this build was made for;
-// the others only on the compute capability they name.
-bool runs_on(const BlockSparseAttnVariant& variant, int sm) {
-  return variant.sm == 80 ? sm >= SEER_LOWEST_SM : sm == variant.sm;
+bool family_runs_on(int family, int sm) {
+  return family == 80 ? sm >= SEER_LOWEST_SM : sm == family;
 }
 
-// Whether TMA can address q, k and v: it takes neither an empty tensor nor a stride of 0 (an
-// expanded dimension), and 40 bits of a stride in bytes. A stride along a dimension of size 1 is
-// never used.
 bool sm90_addressable(const BlockSparseAttnParams& p) {
   constexpr int64_t kMaxStride = int64_t{1} << 39;  // 2-byte elements
   const bool varlen = p.cu_seqlens_q != nullptr;
@@ -34,6 +28,12 @@ bool sm90_addressable(const BlockSparseAttnParams& p) {
   const int64_t rows_kv = varlen ? p.total_kv : p.rows_kv;
   return fits(p.q, rows_q, p.heads_q) && fits(p.k, rows_kv, p.heads_kv) &&
          fits(p.v, rows_kv, p.heads_kv);
+}
+
+namespace {
+
+bool runs_on(const BlockSparseAttnVariant& variant, int sm) {
+  return family_runs_on(variant.sm, sm);
 }
 
 bool of_family(const BlockSparseAttnVariant& variant, const BlockSparseAttnParams& params) {

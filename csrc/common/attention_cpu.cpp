@@ -8,7 +8,8 @@
 //       k_tile, v_tile <- the block's columns that some row sees, as fp32
 //       for each chunk that sees one of them:
 //         scores <- k_tile x qt; online softmax step; out <- out * carry + v_tile^T x scores
-//     out / row_sum and lse are stored; with a map, so are the blocks' largest probabilities
+//     out / row_sum and lse are stored; with a map, so are the blocks' largest probabilities, or
+//     their sums: kept until row_sum is final as logarithms, which no change of row_max concerns
 //
 // A job writes only its own rows, so results do not depend on the number of threads. Scratch per
 // thread: O((block_q + block_kv) * head_dim), plus blocks_kv * block_q for the map.
@@ -170,10 +171,18 @@ class Worker {
         visible_[lane] = static_cast<int32_t>(
             std::clamp<int64_t>(visible(std::min(first + lane, last)) - begin, 0, seen));
       float* out = out_ + chunk * lanes * dim;
+      float* kept =
+          maxima_ != nullptr ? maxima_ + (chunk * problem_.blocks_kv + j) * lanes : nullptr;
       kernels_.multiply(k_tile_, seen, dim, qt_ + chunk * lanes * dim, scores_);
       kernels_.softmax_step(scores_, seen, masked ? visible_ : nullptr, row_max_ + chunk * lanes,
-                            row_sum_ + chunk * lanes, carry_,
-                            maxima_ ? maxima_ + (chunk * problem_.blocks_kv + j) * lanes : nullptr);
+                            row_sum_ + chunk * lanes, carry_, problem_.pooled.sum ? nullptr : kept,
+                            problem_.pooled.sum ? kept : nullptr);
+      if (problem_.pooled.sum) {
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          const float base = row_max_[chunk * lanes + lane];
+          kept[lane] = std::log2(kept[lane]) + (base == -kInfinity ? 0.0f : base);
+        }
+      }
       if (masked && !all_finite(v_tile_, seen * dim))
         accumulate_visible(seen, out);
       else
@@ -239,6 +248,7 @@ class Worker {
         : packed   ? head_ * params_.total_q + sequence_.q_begin + row_begin_
                    : (sequence_.batch * params_.heads_q + head_) * params_.rows_q + row_begin_;
     float* map = problem_.pooled.data + map_row * blocks_kv;
+    const float share = per_token ? 1.0f : 1.0f / static_cast<float>(rows_);
     for (int64_t chunk = 0; chunk * lanes < rows_; ++chunk) {
       const int64_t first = chunk * lanes, rows = std::min(lanes, rows_ - first);
       float* maxima = maxima_ + chunk * blocks_kv * lanes;
@@ -252,8 +262,11 @@ class Worker {
         float* map_of_row = per_token ? map + (first + lane) * blocks_kv : map;
         for (int64_t j = 0; j < seen; ++j) {
           const float value = maxima[j * lanes + lane];
-          // A NaN is taken, and stays: no value compares greater.
-          if (value > map_of_row[j] || std::isnan(value)) map_of_row[j] = value;
+          if (problem_.pooled.sum) {
+            map_of_row[j] += value * share;
+          } else if (value > map_of_row[j] || std::isnan(value)) {
+            map_of_row[j] = value;  // a NaN is taken, and stays: no value compares greater
+          }
         }
       }
     }
@@ -282,7 +295,7 @@ class Worker {
   float* row_sum_ = nullptr;    // [chunk][lanes]
   float* carry_ = nullptr;      // [lanes]
   int32_t* visible_ = nullptr;  // [lanes]
-  float* maxima_ = nullptr;     // [chunk][blocks_kv][lanes], only with a map
+  float* maxima_ = nullptr;     // [chunk][blocks_kv][lanes], only with a map: maxima or log2(sums)
 };
 
 }  // namespace

@@ -13,6 +13,7 @@ namespace seer::cpu {
 struct PooledMap {
   float* data = nullptr;  // nullptr: no map
   bool per_token = false;
+  bool sum = false;  // of a block's probabilities; else their maximum
 };
 
 // Checks the problem, cu_seqlens contents included, then runs it. With a map, params.block_bits

@@ -38,13 +38,14 @@ struct Kernels {
   // One step of the online softmax in base 2 (Milakov and Gimelshein 2018; Dao 2023): scores
   // [cols][lanes] become exp2(score - new maximum); row_max and row_sum [lanes] are updated; carry
   // [lanes] receives the factor of all older sums. `visible` [lanes], if given, counts the visible
-  // columns of each row; the others become 0. `tile_max` [lanes], if given, receives the
-  // maximum of this tile alone. A NaN score is left out of the maxima, but makes row_sum NaN.
+  // columns of each row; the others become 0. `tile_max` and `tile_sum` [lanes], if given,
+  // receive the maximum of this tile's scores and the sum of its weights, relative to the new
+  // row_max (to 0 while that is -inf). A NaN score is left out of the maxima, but makes sums NaN.
   void (*softmax_step)(float* scores, int64_t cols, const int32_t* visible, float* row_max,
-                       float* row_sum, float* carry, float* tile_max);
+                       float* row_sum, float* carry, float* tile_max, float* tile_sum);
 
-  // maxima [tiles][lanes], from softmax_step's tile_max, become the largest probabilities
-  // exp2(maximum - row_max) * inverse_sum.
+  // maxima [tiles][lanes], from softmax_step's tile_max or logarithms (base 2) of sums of weights
+  // relative to 0, become probabilities exp2(maximum - row_max) * inverse_sum.
   void (*probabilities)(float* maxima, int64_t tiles, const float* row_max,
                         const float* inverse_sum);
 

@@ -119,7 +119,8 @@ struct KernelSet {
 
   [[gnu::always_inline]] static void softmax_step(float* scores, int64_t cols,
                                                   const int32_t* visible, float* row_max,
-                                                  float* row_sum, float* carry, float* tile_max) {
+                                                  float* row_sum, float* carry, float* tile_max,
+                                                  float* tile_sum) {
     for (int v = 0; v < kVectors; ++v) {
       auto* column = reinterpret_cast<Float*>(scores) + v;
       auto& old_max = reinterpret_cast<Float*>(row_max)[v];
@@ -152,6 +153,7 @@ struct KernelSet {
       }
       auto& total = reinterpret_cast<Float*>(row_sum)[v];
       total = total * factor + sum;
+      if (tile_sum != nullptr) reinterpret_cast<Float*>(tile_sum)[v] = sum;
     }
   }
 

@@ -28,8 +28,8 @@ namespace seer::cpu {
     Set::accumulate(a, depth, rows, b, carry, c);                                               \
   }                                                                                             \
   TARGET void softmax_step(float* scores, int64_t cols, const int32_t* visible, float* row_max, \
-                           float* row_sum, float* carry, float* tile_max) {                     \
-    Set::softmax_step(scores, cols, visible, row_max, row_sum, carry, tile_max);                \
+                           float* row_sum, float* carry, float* tile_max, float* tile_sum) {    \
+    Set::softmax_step(scores, cols, visible, row_max, row_sum, carry, tile_max, tile_sum);      \
   }                                                                                             \
   TARGET void probabilities(float* maxima, int64_t tiles, const float* row_max,                 \
                             const float* inverse_sum) {                                         \

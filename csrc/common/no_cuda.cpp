@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The launch functions of a CPU-only build: they say so, and nothing else.
+#include "seer/attn_pool.h"
 #include "seer/block_bits.h"
 #include "seer/block_sparse_attn.h"
 #include "seer/pool_gate.h"
@@ -17,6 +18,8 @@ Status no_cuda(const char* argument) {
 }  // namespace
 
 Status launch_block_sparse_attn(const BlockSparseAttnParams&, CUstream_st*) { return no_cuda("q"); }
+Status launch_attn_pool(const AttnPoolParams&, CUstream_st*) { return no_cuda("q"); }
+Status attn_pool_workspace(const AttnPoolParams&, int64_t*) { return no_cuda("q"); }
 Status launch_pack_block_bits(const PackBlockBitsParams&, CUstream_st*) { return no_cuda("mask"); }
 Status launch_unpack_block_bits(const UnpackBlockBitsParams&, CUstream_st*) {
   return no_cuda("block_bits");

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "build_info.h"
+#include "seer/attn_pool.h"
 #include "seer/block_bits.h"
 #include "seer/block_sparse_attn.h"
 #include "seer/pool_gate.h"
@@ -62,14 +63,18 @@ py::dict row_of(const char* op, const Variant& variant, int head_dim) {
 
 std::vector<py::dict> variants() {
   std::vector<py::dict> rows;
-  for (const auto& variant : seer::block_sparse_attn_variants()) {
-    py::dict row = row_of("block_sparse_attn", variant, variant.head_dim);
-    row["block_q"] = variant.block_q;
+  const auto attention = [&](const char* op, const auto& variant, int block_q) {
+    py::dict row = row_of(op, variant, variant.head_dim);
+    row["block_q"] = block_q;
     row["tile_kv"] = variant.tile_kv;
     row["threads"] = variant.threads;
     row["smem_bytes"] = variant.smem_bytes;
     rows.push_back(row);
-  }
+  };
+  for (const auto& variant : seer::block_sparse_attn_variants())
+    attention("block_sparse_attn", variant, variant.block_q);
+  for (const auto& variant : seer::attn_pool_variants())
+    attention("attn_pool", variant, variant.rows);
   for (const auto& variant : seer::pool_gate_variants())
     rows.push_back(row_of("pool_gate", variant, variant.dim));
   for (const auto& variant : seer::gate_scores_variants())
@@ -99,19 +104,35 @@ int find_gate_variant(const std::string& op, int sm, seer::DType dtype, int dim,
                              : seer::find_gate_select_variant(params, sm, why_not);
 }
 
-std::string explain(const std::string& op, int sm, const std::string& dtype, int head_dim,
-                    int block_q, int block_kv) {
-  std::string why_not;
-  if (op == "pool_gate" || op == "gate_scores" || op == "gate_select")
-    return find_gate_variant(op, sm, dtype_from(dtype), head_dim, &why_not) >= 0 ? "" : why_not;
-  if (op != "block_sparse_attn")
-    return "no compiled CUDA kernel for " + op + ": it runs as torch operations on the GPU";
-  seer::BlockSparseAttnParams params;
+template <class Params>
+Params shape_params(const std::string& dtype, int head_dim, int block_q, int block_kv) {
+  Params params;
   params.dtype = dtype_from(dtype);
   params.head_dim = head_dim;
   params.block_q = block_q;
   params.block_kv = block_kv;
-  return seer::find_block_sparse_attn_variant(params, sm, &why_not) >= 0 ? "" : why_not;
+  // Something that every kernel can address.
+  params.batch = params.heads_q = params.heads_kv = 1;
+  params.rows_q = params.rows_kv = 1;
+  return params;
+}
+
+std::string explain(const std::string& op, int sm, const std::string& dtype, int head_dim,
+                    int block_q, int block_kv) {
+  std::string why_not;
+  if (op == "block_sparse_attn") {
+    const auto params =
+        shape_params<seer::BlockSparseAttnParams>(dtype, head_dim, block_q, block_kv);
+    seer::find_block_sparse_attn_variant(params, sm, &why_not);
+  } else if (op == "attn_pool") {
+    const auto params = shape_params<seer::AttnPoolParams>(dtype, head_dim, block_q, block_kv);
+    seer::find_attn_pool_variant(params, sm, &why_not);
+  } else if (op == "pool_gate" || op == "gate_scores" || op == "gate_select") {
+    if (find_gate_variant(op, sm, dtype_from(dtype), head_dim, &why_not) >= 0) return "";
+  } else {
+    why_not = "no compiled CUDA kernel for " + op + ": it runs as torch operations on the GPU";
+  }
+  return why_not;
 }
 
 py::dict build_info() {

@@ -93,8 +93,9 @@ void test_products(const Kernels& kernels, int64_t rows, int64_t depth) {
 void test_softmax(const Kernels& kernels) {
   const int64_t lanes = kernels.lanes, cols = 19, tiles = 3;
   Random random(5);
-  Scratch scratch(Scratch::padded(cols * lanes) + 5 * Scratch::padded(lanes));
+  Scratch scratch(Scratch::padded(cols * lanes) + 6 * Scratch::padded(lanes));
   float* scores = scratch.take(cols * lanes);
+  float* tile_sum = scratch.take(lanes);
   float* row_max = scratch.take(lanes);
   float* row_sum = scratch.take(lanes);
   float* carry = scratch.take(lanes);
@@ -121,10 +122,17 @@ void test_softmax(const Kernels& kernels) {
       }
     }
     kernels.softmax_step(scores, cols, tile == 1 ? visible : nullptr, row_max, row_sum, carry,
-                         tile == 2 ? nullptr : tile_max);
+                         tile == 2 ? nullptr : tile_max, tile == 2 ? nullptr : tile_sum);
     for (int64_t lane = 0; lane < lanes && tile < 2; ++lane)
       SEER_CHECK(tile_max[lane] == largest[lane], "lane %d: %g, expected %g", int(lane),
                  tile_max[lane], largest[lane]);
+    for (int64_t lane = 0; lane < lanes && tile < 2; ++lane) {
+      float weights = 0.0f;
+      for (int64_t c = 0; c < cols; ++c) weights += scores[c * lanes + lane];
+      const bool same = std::isnan(weights) ? std::isnan(tile_sum[lane])
+                                            : std::abs(tile_sum[lane] - weights) <= 1e-5f * weights;
+      SEER_CHECK(same, "lane %d: sum %g, expected %g", int(lane), tile_sum[lane], weights);
+    }
     for (int64_t lane = 0; lane < lanes; ++lane)
       for (int64_t c = visible[lane]; c < cols; ++c)
         SEER_CHECK(scores[c * lanes + lane] == 0.0f, "lane %d column %d", int(lane), int(c));

@@ -31,10 +31,9 @@ int64_t batch_of(const AttentionArgs& args);
 int64_t rows_q_of(const AttentionArgs& args);
 int64_t rows_kv_of(const AttentionArgs& args);
 
-// Fills the fields that the two params structs share. `out` and `lse` have been allocated.
+// Fills the fields that the two params structs share, but for the outputs.
 template <class Params>
-Params attention_params(const Op& op, const AttentionArgs& args, const Tensor& out,
-                        const Tensor& lse) {
+Params problem_params(const Op& op, const AttentionArgs& args) {
   const int64_t heads_dim = args.q.dim() - 2;
   Params params;
   params.dtype = op.float_dtype("q", args.q);
@@ -58,6 +57,14 @@ Params attention_params(const Op& op, const AttentionArgs& args, const Tensor& o
     params.cu_seqlens_q = args.cu_seqlens_q->const_data_ptr<int32_t>();
     params.cu_seqlens_kv = args.cu_seqlens_kv->const_data_ptr<int32_t>();
   }
+  return params;
+}
+
+// The same with outputs, which have been allocated.
+template <class Params>
+Params attention_params(const Op& op, const AttentionArgs& args, const Tensor& out,
+                        const Tensor& lse) {
+  Params params = problem_params<Params>(op, args);
   params.out = view_of<void*>(out, out.mutable_data_ptr());
   params.lse = lse.mutable_data_ptr<float>();
   params.lse_batch_stride = args.varlen() ? 0 : lse.stride(0);

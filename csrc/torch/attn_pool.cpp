@@ -13,7 +13,7 @@ namespace {
 
 constexpr Op kOp{"attn_pool"};
 
-Tensor zero_pooled(const AttentionArgs& args, bool per_token) {
+Tensor empty_pooled(const AttentionArgs& args, bool per_token) {
   const Tensor& q = args.q;
   const int64_t heads_q = q.size(q.dim() - 2);
   const int64_t blocks_kv = ceil_div(rows_kv_of(args), args.block_kv);
@@ -24,45 +24,78 @@ Tensor zero_pooled(const AttentionArgs& args, bool per_token) {
               args.varlen() ? "max_rows_kv" : "k", "a map of fewer than 10^15 elements",
               number(map_rows) + " x " + number(blocks_kv) + " per head",
               "Pass the longest sequence's length.");
-  Tensor pooled =
-      per_token && args.varlen() ? empty({heads_q, q.size(0), blocks_kv}, ScalarType::Float, q)
-      : per_token
-          ? empty({batch_of(args), heads_q, q.size(1), blocks_kv}, ScalarType::Float, q)
-          : empty({batch_of(args), heads_q, ceil_div(rows_q_of(args), args.block_q), blocks_kv},
-                  ScalarType::Float, q);
-  if (pooled.numel() > 0)
-    std::memset(pooled.mutable_data_ptr(), 0, static_cast<size_t>(pooled.numel()) * sizeof(float));
-  return pooled;
+  if (!per_token)
+    return empty({batch_of(args), heads_q, map_rows, blocks_kv}, ScalarType::Float, q);
+  if (args.varlen()) return empty({heads_q, map_rows, blocks_kv}, ScalarType::Float, q);
+  return empty({batch_of(args), heads_q, map_rows, blocks_kv}, ScalarType::Float, q);
+}
+
+void check(const AttentionArgs& args, int64_t reduce) {
+  check_attention(kOp, args);
+  SEER_EXPECT(kOp, reduce == 0 || reduce == 1, "reduce", "0 (max) or 1 (sum)", number(reduce),
+              "Call seer_cuda.attn_pool, which takes names.");
+}
+
+// Whether a kernel of family `arch` (0: any) serves checked arguments on q's device. A family that
+// was asked for by name must serve them.
+bool has_kernel(const AttentionArgs& args, int64_t arch) {
+  if (arch != 0) return true;
+  if (attn_pool_variants().empty()) return false;
+  CudaScope scope(args.q);
+  int64_t bytes = 0;
+  return attn_pool_workspace(problem_params<AttnPoolParams>(kOp, args), &bytes).ok();
 }
 
 }  // namespace
 
-void check_attn_pool(const Tensor& q, const Tensor& k, const Tensor& v, int64_t block_q,
-                     int64_t block_kv, bool causal, std::optional<double> scale, bool /*per_token*/,
-                     const std::optional<Tensor>& cu_seqlens_q,
-                     const std::optional<Tensor>& cu_seqlens_kv, int64_t max_rows_q,
-                     int64_t max_rows_kv) {
-  check_attention(kOp, {q, k, v, block_q, block_kv, causal, scale, cu_seqlens_q, cu_seqlens_kv,
-                        max_rows_q, max_rows_kv});
-}
-
-std::tuple<Tensor, Tensor, Tensor> attn_pool_cpu_op(const Tensor& q, const Tensor& k,
-                                                    const Tensor& v, int64_t block_q,
-                                                    int64_t block_kv, bool causal,
-                                                    std::optional<double> scale, bool per_token,
-                                                    const std::optional<Tensor>& cu_seqlens_q,
-                                                    const std::optional<Tensor>& cu_seqlens_kv,
-                                                    int64_t max_rows_q, int64_t max_rows_kv) {
+std::tuple<Tensor, Tensor, Tensor> attn_pool_on(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                int64_t block_q, int64_t block_kv, bool causal,
+                                                std::optional<double> scale, bool per_token,
+                                                const std::optional<Tensor>& cu_seqlens_q,
+                                                const std::optional<Tensor>& cu_seqlens_kv,
+                                                int64_t max_rows_q, int64_t max_rows_kv,
+                                                int64_t reduce, int64_t arch) {
   const AttentionArgs args{
       q,          k,          v, block_q, block_kv, causal, scale, cu_seqlens_q, cu_seqlens_kv,
       max_rows_q, max_rows_kv};
-  check_attention(kOp, args);
-  Tensor out = empty_out(args), lse = empty_lse(args), pooled = zero_pooled(args, per_token);
+  check(args, reduce);
+  if (q.is_cuda() && !has_kernel(args, arch)) {
+    auto [out, lse, pooled] =
+        call_op<3>("seer::_attn_pool_torch", q, k, v, block_q, block_kv, causal, scale, per_token,
+                   cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv, reduce);
+    return {out, lse, pooled};
+  }
+  Tensor out = empty_out(args), lse = empty_lse(args), pooled = empty_pooled(args, per_token);
   auto params = attention_params<AttnPoolParams>(kOp, args, out, lse);
   params.per_token = per_token;
+  params.reduce = static_cast<PoolReduce>(reduce);
   params.pooled = pooled.mutable_data_ptr<float>();
-  kOp.ok(attn_pool_cpu(params, torch_parallel_for()));
+  if (!q.is_cuda()) {
+    if (pooled.numel() > 0)
+      std::memset(params.pooled, 0, static_cast<size_t>(pooled.numel()) * sizeof(float));
+    kOp.ok(attn_pool_cpu(params, torch_parallel_for()));
+    return {out, lse, pooled};
+  }
+  CudaScope scope(q);
+  params.arch = static_cast<int>(arch);
+  int64_t bytes = 0;
+  kOp.ok(attn_pool_workspace(params, &bytes));
+  // Freed behind the launch, in the order of the stream: the allocator gives it to nobody earlier.
+  const Tensor workspace = empty({bytes}, ScalarType::Byte, q);
+  params.workspace = workspace.mutable_data_ptr();
+  kOp.ok(launch_attn_pool(params, scope.stream()));
   return {out, lse, pooled};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attn_pool(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             int64_t block_q, int64_t block_kv, bool causal,
+                                             std::optional<double> scale, bool per_token,
+                                             const std::optional<Tensor>& cu_seqlens_q,
+                                             const std::optional<Tensor>& cu_seqlens_kv,
+                                             int64_t max_rows_q, int64_t max_rows_kv,
+                                             int64_t reduce) {
+  return attn_pool_on(q, k, v, block_q, block_kv, causal, scale, per_token, cu_seqlens_q,
+                      cu_seqlens_kv, max_rows_q, max_rows_kv, reduce, 0);
 }
 
 }  // namespace seer::binding

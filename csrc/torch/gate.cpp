@@ -2,7 +2,6 @@
 // pool_gate, gate_scores, gate_select. On CUDA, what no compiled kernel serves (float32, other
 // dimensions, misaligned strides) runs as torch operations: the ops seer::_*_torch, which
 // seer_cuda/_composite.py implements.
-#include <array>
 #include <cmath>
 
 #include "check.h"
@@ -24,14 +23,6 @@ DType gate_dtype(const Tensor& tensor) {
     case ScalarType::BFloat16: return DType::kBFloat16;
     default: return DType::kFloat32;
   }
-}
-
-// Calls an op that returns one tensor. The dispatcher takes over the boxed arguments.
-template <class... Args>
-Tensor call_op(const char* name, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  SEER_TORCH_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // One call of pool_gate; `out` is allocated and `weight` packed here.
@@ -79,7 +70,7 @@ struct PoolGateCall {
     if (x.is_cuda()) {
       CudaScope scope(x);
       if (!pool_gate_served(&params, 1)) {
-        return call_op("seer::_pool_gate_torch", x, weight, cos, sin, block, pools);
+        return call_op<1>("seer::_pool_gate_torch", x, weight, cos, sin, block, pools)[0];
       }
       allocate();
       kPoolGate.ok(launch_pool_gate(&params, 1, scope.stream()));
@@ -160,7 +151,7 @@ Tensor gate_scores(const Tensor& q_gate, const Tensor& k_gate, std::optional<dou
   }
   CudaScope scope(q_gate);
   if (!gate_scores_served(params)) {
-    return call_op("seer::_gate_scores_torch", q_gate, k_gate, scale, causal);
+    return call_op<1>("seer::_gate_scores_torch", q_gate, k_gate, scale, causal)[0];
   }
   Tensor scores = allocate();
   kGateScores.ok(launch_gate_scores(params, scope.stream()));
@@ -192,8 +183,8 @@ Tensor gate_select(const Tensor& q_gate, const Tensor& k_gate, std::optional<dou
   }
   CudaScope scope(q_gate);
   if (!gate_select_served(params)) {
-    return call_op("seer::_gate_select_torch", q_gate, k_gate, scale, causal, method, value, sink,
-                   local, dense_last_rows);
+    return call_op<1>("seer::_gate_select_torch", q_gate, k_gate, scale, causal, method, value,
+                      sink, local, dense_last_rows)[0];
   }
   Tensor bits = allocate();
   kGateSelect.ok(launch_gate_select(params, scope.stream()));

@@ -15,7 +15,7 @@
   "(Tensor q, Tensor k, Tensor v, Tensor? block_bits=None, *, " SEER_SPARSE_TAIL
 #define SEER_ATTN_POOL_ARGS                                                                       \
   "(Tensor q, Tensor k, Tensor v, *, " SEER_ATTN_TAIL ", bool per_token=False, " SEER_VARLEN_TAIL \
-  ")"
+  ", int reduce=0"
 #define SEER_POOL_GATE_ARGS                                                                  \
   "(Tensor x, Tensor? weight=None, Tensor? cos=None, Tensor? sin=None, *, SymInt block=64, " \
   "int pools=4)"
@@ -28,8 +28,9 @@
 STABLE_TORCH_LIBRARY(seer, m) {
   // Attention over the kept blocks; block_bits None keeps every block.
   m.def("block_sparse_attn" SEER_SPARSE_ARGS ") -> (Tensor out, Tensor lse)");
-  // Dense attention and the block maxima of its softmax probabilities, in one pass.
-  m.def("attn_pool" SEER_ATTN_POOL_ARGS " -> (Tensor out, Tensor lse, Tensor pooled)");
+  // Dense attention and the block maxima (reduce 0) or shares (1) of its softmax probabilities, in
+  // one pass.
+  m.def("attn_pool" SEER_ATTN_POOL_ARGS ") -> (Tensor out, Tensor lse, Tensor pooled)");
   // Block pooling (pools: bit set of 1 max, 2 min, 4 avg), per-head projection, RoPE.
   m.def("pool_gate" SEER_POOL_GATE_ARGS " -> Tensor");
   // fp32 [batch, heads_q, blocks_q, blocks_kv]; -inf where not visible.
@@ -43,24 +44,25 @@ STABLE_TORCH_LIBRARY(seer, m) {
   m.def("block_bits_from_indices(Tensor indices, Tensor counts, SymInt blocks_kv) -> Tensor");
   // For tests and benchmarks: by the kernels of one family alone (80 or 90; 0: as above).
   m.def("_block_sparse_attn_on" SEER_SPARSE_ARGS ", int arch=0) -> (Tensor out, Tensor lse)");
+  m.def("_attn_pool_on" SEER_ATTN_POOL_ARGS
+        ", int arch=0) -> (Tensor out, Tensor lse, Tensor pooled)");
   // pool_gate of q and k, in one launch where a kernel serves both.
   m.def(
       "_pool_gate_pair(Tensor q, Tensor k, Tensor? weight_q, Tensor? weight_k, Tensor? cos_q, "
       "Tensor? sin_q, Tensor? cos_k, Tensor? sin_k, SymInt block_q, SymInt block_kv, int pools_q, "
       "int pools_k) -> (Tensor q_gate, Tensor k_gate)");
-  // The gate's ops as torch operations, for what no compiled CUDA kernel serves. Implemented in
-  // Python.
+  // Ops as torch operations, for what no compiled CUDA kernel serves. Implemented in Python.
+  m.def("_attn_pool_torch" SEER_ATTN_POOL_ARGS ") -> (Tensor out, Tensor lse, Tensor pooled)");
   m.def("_pool_gate_torch" SEER_POOL_GATE_ARGS " -> Tensor");
   m.def("_gate_scores_torch" SEER_GATE_SCORES_ARGS " -> Tensor");
   m.def("_gate_select_torch" SEER_GATE_SELECT_ARGS " -> Tensor");
-  // The checks of an op whose CUDA implementation is registered from Python.
-  m.def("_check_attn_pool" SEER_ATTN_POOL_ARGS " -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seer, CPU, m) {
   m.impl("block_sparse_attn", TORCH_BOX(&seer::binding::block_sparse_attn));
   m.impl("_block_sparse_attn_on", TORCH_BOX(&seer::binding::block_sparse_attn_on));
-  m.impl("attn_pool", TORCH_BOX(&seer::binding::attn_pool_cpu_op));
+  m.impl("attn_pool", TORCH_BOX(&seer::binding::attn_pool));
+  m.impl("_attn_pool_on", TORCH_BOX(&seer::binding::attn_pool_on));
   m.impl("pool_gate", TORCH_BOX(&seer::binding::pool_gate));
   m.impl("_pool_gate_pair", TORCH_BOX(&seer::binding::pool_gate_pair));
   m.impl("gate_scores", TORCH_BOX(&seer::binding::gate_scores));
@@ -71,6 +73,8 @@ STABLE_TORCH_LIBRARY_IMPL(seer, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seer, CUDA, m) {
+  m.impl("attn_pool", TORCH_BOX(&seer::binding::attn_pool));
+  m.impl("_attn_pool_on", TORCH_BOX(&seer::binding::attn_pool_on));
   m.impl("block_sparse_attn", TORCH_BOX(&seer::binding::block_sparse_attn));
   m.impl("_block_sparse_attn_on", TORCH_BOX(&seer::binding::block_sparse_attn_on));
   m.impl("pool_gate", TORCH_BOX(&seer::binding::pool_gate));
@@ -80,8 +84,4 @@ STABLE_TORCH_LIBRARY_IMPL(seer, CUDA, m) {
   m.impl("pack_block_bits", TORCH_BOX(&seer::binding::pack_block_bits));
   m.impl("unpack_block_bits", TORCH_BOX(&seer::binding::unpack_block_bits));
   m.impl("block_bits_from_indices", TORCH_BOX(&seer::binding::block_bits_from_indices));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(seer, CompositeExplicitAutograd, m) {
-  m.impl("_check_attn_pool", TORCH_BOX(&seer::binding::check_attn_pool));
 }

@@ -25,6 +25,20 @@ std::tuple<Tensor, Tensor> block_sparse_attn_on(
     int64_t block_q, int64_t block_kv, bool causal, std::optional<double> scale,
     const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_kv,
     int64_t max_rows_q, int64_t max_rows_kv, int64_t arch);
+std::tuple<Tensor, Tensor, Tensor> attn_pool(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             int64_t block_q, int64_t block_kv, bool causal,
+                                             std::optional<double> scale, bool per_token,
+                                             const std::optional<Tensor>& cu_seqlens_q,
+                                             const std::optional<Tensor>& cu_seqlens_kv,
+                                             int64_t max_rows_q, int64_t max_rows_kv,
+                                             int64_t reduce);
+std::tuple<Tensor, Tensor, Tensor> attn_pool_on(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                int64_t block_q, int64_t block_kv, bool causal,
+                                                std::optional<double> scale, bool per_token,
+                                                const std::optional<Tensor>& cu_seqlens_q,
+                                                const std::optional<Tensor>& cu_seqlens_kv,
+                                                int64_t max_rows_q, int64_t max_rows_kv,
+                                                int64_t reduce, int64_t arch);
 Tensor pool_gate(const Tensor& x, const std::optional<Tensor>& weight,
                  const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, int64_t block,
                  int64_t pools);
@@ -45,21 +59,7 @@ Tensor pack_block_bits(const Tensor& mask);
 Tensor unpack_block_bits(const Tensor& block_bits, int64_t blocks_kv);
 Tensor block_bits_from_indices(const Tensor& indices, const Tensor& counts, int64_t blocks_kv);
 
-// CPU.
-std::tuple<Tensor, Tensor, Tensor> attn_pool_cpu_op(const Tensor& q, const Tensor& k,
-                                                    const Tensor& v, int64_t block_q,
-                                                    int64_t block_kv, bool causal,
-                                                    std::optional<double> scale, bool per_token,
-                                                    const std::optional<Tensor>& cu_seqlens_q,
-                                                    const std::optional<Tensor>& cu_seqlens_kv,
-                                                    int64_t max_rows_q, int64_t max_rows_kv);
-
 // Argument checks alone.
-void check_attn_pool(const Tensor& q, const Tensor& k, const Tensor& v, int64_t block_q,
-                     int64_t block_kv, bool causal, std::optional<double> scale, bool per_token,
-                     const std::optional<Tensor>& cu_seqlens_q,
-                     const std::optional<Tensor>& cu_seqlens_kv, int64_t max_rows_q,
-                     int64_t max_rows_kv);
 void check_pool_gate(const Tensor& x, const std::optional<Tensor>& weight,
                      const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                      int64_t block, int64_t pools);

@@ -2,6 +2,8 @@
 // What the binding needs from the running torch: allocation, the current stream, the thread pool.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <initializer_list>
 #include <stdexcept>
 
@@ -78,6 +80,17 @@ class CudaScope {
   torch::stable::accelerator::DeviceGuard guard_;
   CUstream_st* stream_ = nullptr;
 };
+
+// Calls an op that returns `kResults` tensors. The dispatcher takes over the boxed arguments.
+template <size_t kResults, class... Args>
+std::array<Tensor, kResults> call_op(const char* name, const Args&... args) {
+  static_assert(kResults <= sizeof...(Args), "results take the places of the arguments");
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  SEER_TORCH_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  std::array<Tensor, kResults> results;
+  for (size_t i = 0; i < kResults; ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
+  return results;
+}
 
 // torch's intra-op thread pool behind the library's parallel-for seam.
 inline ParallelFor torch_parallel_for() {
