@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs as torch operators on CUDA: calls of attn_pool and of the gate's ops that no compiled
 kernel serves (dimensions that no kernel was compiled for; for the gate's ops also float32, and
-strides that are no multiples of 16 bytes). The compiled ops check the arguments, decide by the table, and
-then call ``seer::_<op>_torch``, implemented here.
+strides that are no multiples of 16 bytes). The compiled ops check the arguments, decide by the
+table, and then call ``seer::_<op>_torch``, implemented here.
 
 They are the formulas of `_attn_math` and `_gate_math`: same contract, fp32 accumulation, no host
 synchronisation. Unlike the compiled kernels they allocate temporaries: attn_pool score tiles of
