@@ -267,7 +267,7 @@ def test_unknown_reduction():
 
 @pytest.mark.gpu
 def test_shapes_without_a_kernel_run_as_torch_operations(seed):
-    q, k, v = small("cuda", head_dim=40, dtype=torch.float32, seed=seed)
+    q, k, v = small("cuda", head_dim=40, dtype=torch.bfloat16, seed=seed)
     run_and_check_pool(q, k, v)
 
 
