@@ -52,6 +52,17 @@ def all_peers() -> list[ModuleType]:
     return [*attention, gate_eager, gate_compile]
 
 
+def compiler_missing() -> str:
+    """Empty, or why torch.compile has no GPU code to make here."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    return ""
+
+
 def worth_timing(peer: str, case: Case) -> bool:
     """Whether a peer is timed in a case that it supports (LIMITED_TO)."""
     return any(fnmatch(case.name, names) for names in LIMITED_TO.get(peer, ("*",)))

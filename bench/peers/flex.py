@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from bench.cases import Case
-from bench.peers import kept_lists
+from bench.peers import compiler_missing, kept_lists
 from bench.problem import Problem
 
 NAME = "flex"
@@ -21,13 +21,7 @@ _compiled: dict[tuple, Callable] = {}
 
 def available() -> str:
     """Empty, or why the peer cannot run here."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "triton is not installed"
-    return ""
+    return compiler_missing()
 
 
 def supports(case: Case) -> bool:

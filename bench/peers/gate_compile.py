@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench.cases import Case
 from bench.gate import GateProblem, Side
+from bench.peers import compiler_missing
 
 NAME = "gate_compile"
 OPS = ("pool_gate", "gate_mask")
@@ -18,13 +19,7 @@ OPS = ("pool_gate", "gate_mask")
 
 def available() -> str:
     """Empty, or why the peer cannot run here."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "triton is not installed"
-    return ""
+    return compiler_missing()
 
 
 def supports(case: Case) -> bool:
