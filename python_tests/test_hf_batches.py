@@ -8,6 +8,7 @@ import pytest
 import torch
 from hf_models import (
     BLOCK,
+    DENSE,
     FAMILIES,
     SPARSE,
     attached,
@@ -85,6 +86,17 @@ def test_packed_sequences_do_not_see_each_other(family, use_cache):
         want = logits(model, sequence)
         close(part, want)
         close(same, want)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_positions_that_jump_beside_a_mask_are_one_sequence(use_cache):
+    """transformers reads packing from positions only where no mask is given."""
+    ids, mask = tokens(2, 100), torch.ones(2, 100, dtype=torch.long)
+    positions = torch.cat([torch.arange(60), torch.arange(80, 120)])[None]
+    options = {"attention_mask": mask, "position_ids": positions, "use_cache": use_cache}
+    model = make_model("llama")
+    want = logits(model, ids, **options)
+    close(logits(attached("llama", DENSE, model=model), ids, **options), want)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -201,9 +213,70 @@ def test_a_next_turn_finds_its_gate_keys_in_the_kv_cache(between):
     if between == "copy":
         want = logits(model, ids[:, 96:], past_key_values=cache)
         close(got, want)
-    exact = [kept[None][0].keys.clone() for kept in state.kept[twin].values()]
+    exact = [kept.spans[None][0].keys.clone() for kept in state.kept[twin].values()]
     fresh = DynamicCache()
     logits(model, ids, past_key_values=fresh)
     # The first layer's keys do not depend on attention: those of the whole prompt.
-    whole = state.kept[fresh][0][None][0].keys
+    whole = state.kept[fresh][0].spans[None][0].keys
     torch.testing.assert_close(exact[0], whole, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["reorder", "repeat", "select", "refilled", "weights"])
+def test_gate_keys_of_other_contents_are_not_used(change, tmp_path):
+    """A KV cache of the same length whose rows or tokens are others."""
+    from transformers import DynamicCache
+
+    model = attached("llama")
+    ids, more, index = tokens(2, 96), tokens(2, 48, seed=5), torch.tensor([1, 0])
+    cache = DynamicCache()
+    logits(model, ids, past_key_values=cache)
+    if change == "reorder":
+        cache.reorder_cache(index)
+    elif change == "repeat":
+        cache.batch_repeat_interleave(2)
+        more = more.repeat(2, 1)
+    elif change == "select":
+        cache.batch_select_indices(index[:1])
+        more = more[:1]
+    elif change == "refilled":
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :80], layer.values[:, :, :80]
+        for part in tokens(2, 16, seed=9).split(8, 1):  # shorter than a block, not one token
+            logits(model, part, past_key_values=cache)
+    else:
+        seer_hf.save_gates(attached("llama", seed=3), tmp_path)
+        seer_hf.load_gates(model, tmp_path)
+    twin = copy.deepcopy(cache)  # has no gate keys: they come from its own keys
+    got = logits(model, more, past_key_values=cache)
+    close(got, logits(model, more, past_key_values=twin))
+
+
+def quantised(model):
+    """A cache that keeps bf16 of the keys, in the layers that transformers has for this."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import QuantizedLayer
+
+    class Rounded(QuantizedLayer):
+        def _quantize(self, tensor, axis):
+            return tensor.bfloat16()
+
+        def _dequantize(self, tensor):
+            return tensor.float()
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [Rounded(residual_length=32) for _ in model.model.layers]
+    return cache
+
+
+def test_a_quantised_cache():
+    """What it gives back is not what was put in; gate keys follow what attention reads."""
+    model = attached("llama", DENSE)
+    ids = tokens(2, 160)
+    cache, parts = quantised(model), []
+    for part in ids.split([64, 64, 1, 31], 1):
+        parts.append(logits(model, part, past_key_values=cache))
+    want = logits(model, ids)
+    torch.testing.assert_close(torch.cat(parts, 1), want, rtol=0.05, atol=0.05 * float(want.std()))
+    seer_hf.configure(model, rule=SPARSE)
+    got = model.generate(ids, past_key_values=quantised(model), max_new_tokens=4, do_sample=False)
+    assert got.shape == (2, 164)

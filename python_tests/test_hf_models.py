@@ -199,6 +199,10 @@ def test_a_deep_copy_is_a_model_of_its_own():
     want = logits(model, ids)
     seer_hf.configure(model, rule=DENSE)
     assert torch.equal(logits(twin, ids), want) and not torch.equal(logits(model, ids), want)
+    seer_hf.detach(twin)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in twin.modules())
+    assert seer_hf.attached_config(model) is not None
+    assert not torch.equal(logits(model, ids), want)
 
 
 def test_compiled_model():
@@ -243,6 +247,10 @@ def test_wrong_calls_are_explained():
     logits(model, ids, past_key_values=cache)
     gpt = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
     sliding = make_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    both_ways = make_model("llama")
+    both_ways.model.layers[0].self_attn.is_causal = False
+    offloaded = make_model("llama")
+    offloaded.model.layers[1].to("meta")
     moving = make_model("llama")
     moving.model.rotary_emb.rope_type = "dynamic"
     wrong = (
@@ -250,6 +258,9 @@ def test_wrong_calls_are_explained():
         lambda: seer_hf.attach(gpt),
         lambda: seer_hf.attach(sliding),
         lambda: seer_hf.attach(moving),
+        lambda: seer_hf.attach(both_ways),
+        lambda: seer_hf.attach(offloaded),
+        lambda: logits(model, ids, output_attentions=True),
         lambda: seer_hf.attach(torch.nn.Linear(1, 1)),
         lambda: seer_hf.configure(model, mode="quick"),
         lambda: seer_hf.detach(make_model("llama")),
@@ -266,6 +277,52 @@ def test_wrong_calls_are_explained():
     for call in wrong:
         with pytest.raises(ValueError, match=FORM):
             call()
+
+
+def test_another_attention_set_afterwards_is_noticed():
+    """Prompts would be dense without a word."""
+    model = attached("llama")
+    ids = tokens(1, 40)
+    want = logits(model, ids)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match=FORM):
+        logits(model, ids)
+    seer_hf.configure(model)
+    assert torch.equal(logits(model, ids), want)
+
+
+def test_rope_in_place_is_noticed(monkeypatch):
+    """As some fused kernels do: the gate would see rotated q and k."""
+    from transformers.models.llama import modeling_llama
+
+    model, rotate = attached("llama"), modeling_llama.apply_rotary_pos_emb
+
+    def in_place(q, k, cos, sin, *more, **options):
+        for x, turned in zip((q, k), rotate(q, k, cos, sin, *more, **options), strict=True):
+            x.copy_(turned)
+        return q, k
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", in_place)
+    with pytest.raises(RuntimeError, match=FORM):
+        logits(model, tokens(1, 40))
+
+
+def test_projections_without_a_weight():
+    """As quantised models have them."""
+
+    class Packed(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.inner = linear
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model, ids = make_model("llama"), tokens(1, 96)
+    want = logits(model, ids)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Packed(layer.self_attn.q_proj)
+    close(logits(attached("llama", DENSE, model=model), ids), want)
 
 
 def test_modules_that_were_changed_afterwards_are_noticed():

@@ -84,6 +84,24 @@ def test_a_killed_run_loses_nothing(after, folders, tmp_path, monkeypatch, capsy
     assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_the_log_is_whole_while_the_first_step_runs(folders, tmp_path, monkeypatch):
+    """A kill that runs no clean-up finds the rows of the run before."""
+    assert distill(folders, tmp_path / "a", "--save-every", "2") == 0
+    before = (tmp_path / "a" / "log.csv").read_text().splitlines()
+    log = _train._Log(tmp_path / "a" / "log.csv", 4)
+    assert (tmp_path / "a" / "log.csv").read_text().splitlines() == before[:5]
+    log.close()
+
+
+def test_other_text_under_the_same_name_is_another_run(folders, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text((folders / "text" / "a.txt").read_text())
+    assert distill(folders, tmp_path / "a", "--text", str(text)) == 0
+    text.write_text(text.read_text().replace("squared", "doubled"))
+    assert distill(folders, tmp_path / "a", "--text", str(text)) == cli.USAGE
+    assert "--text: expected the tokens" in capsys.readouterr().err
+
+
 def test_accumulation_is_a_larger_batch(folders, tmp_path):
     more = ["--steps", "1", "--batch", "4", "--accumulate", "1"]
     assert distill(folders, tmp_path / "a", "--steps", "1") == 0
@@ -107,6 +125,7 @@ def test_what_cannot_be_used_is_one_line(folders, tmp_path, capsys):
         ("--text", str(tmp_path / "none")),
         ("--context", "100000"),
         ("--batch", "0"),
+        ("--out", str(folders / "model")),
     )
     capsys.readouterr()
     for option in wrong:
@@ -115,6 +134,40 @@ def test_what_cannot_be_used_is_one_line(folders, tmp_path, capsys):
         assert distill(folders, out, *option) == cli.USAGE
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and f"{expected}: expected" in lines[0]
+
+
+def test_a_model_that_cannot_be_read_is_one_line(folders, tmp_path, capsys):
+    (tmp_path / "config.json").write_text((folders / "model" / "config.json").read_text())
+    assert distill(folders, tmp_path / "out", "--model", str(tmp_path)) == cli.USAGE
+    paths = ["--model", tmp_path, "--gates", tmp_path, "--text", folders / "text"]
+    assert cli.main(["eval", *map(str, paths), "--device", "cpu"]) == cli.USAGE
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("seer-cuda: --model: expected") for line in lines) == 2
+
+
+def test_gates_of_another_model_are_one_line(folders, tmp_path, capsys):
+    assert distill(folders, tmp_path / "a", "--steps", "1") == 0
+    make_model("qwen3", vocab_size=256, layers=3).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_text((folders / "model" / name).read_text())
+    paths = ["--model", tmp_path / "model", "--gates", tmp_path / "a", "--text", folders / "text"]
+    capsys.readouterr()
+    assert cli.main(["eval", *map(str, paths), "--device", "cpu", "--context", "160"]) == cli.USAGE
+    assert capsys.readouterr().err.startswith("seer-cuda: seer::load_gates: model.layers.2.")
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_weight(folders, tmp_path, monkeypatch, capsys):
+    loss = _train.gate_loss
+
+    def exploding(model):
+        out = loss(model)
+        out.register_hook(lambda grad: grad * float("inf"))
+        return out
+
+    monkeypatch.setattr(_train, "gate_loss", exploding)
+    assert distill(folders, tmp_path / "a", "--save-every", "1") == cli.USAGE
+    assert "expected a finite gradient, got" in capsys.readouterr().err
+    assert not (tmp_path / "a" / "checkpoint.pt").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folders, tmp_path, monkeypatch, capsys):

@@ -154,6 +154,15 @@ def test_a_cache_that_grows_keeps_its_keys(seed):
     assert torch.equal(cache.keys, gate.embed_k(k))
 
 
+def test_a_cache_that_grew_in_inference_mode_grows_outside(seed):
+    gate = make_gate(seed=seed)
+    _, k, *_ = layer_inputs(192, seed=seed)
+    cache = GateKeyCache(gate, 1, 64).append(k[:, :64])
+    with torch.inference_mode():
+        cache.reserve(192).append(k[:, 64:128])
+    assert torch.equal(cache.append(k[:, 128:]).keys, gate.embed_k(k))
+
+
 def test_wrong_calls_are_explained(seed):
     gate = make_gate(seed=seed)
     q, k, *_ = layer_inputs(256, seed=seed)

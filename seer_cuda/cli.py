@@ -165,6 +165,8 @@ def _distill(options: argparse.Namespace) -> int:
     chosen = {name: value for name, value in vars(options).items() if name != "command"}
     try:
         print(f"gates: {distill(Distill(**chosen))}")
+    except ImportError as error:
+        return _fail(str(error), MISSING)
     except ValueError as error:
         return _fail(str(error), USAGE)
     except OSError as error:
@@ -189,8 +191,11 @@ def _eval(options: argparse.Namespace) -> int:
             rule=None if options.method is None else Rule(options.method, options.value, local=1),
             device=options.device,
         )
+    except ImportError as error:
+        return _fail(str(error), MISSING)
     except (ValueError, KeyError, FileNotFoundError) as error:
-        return _fail(str(error), USAGE)
+        # A KeyError's own text is in quotes.
+        return _fail(str(error.args[0] if isinstance(error, KeyError) else error), USAGE)
     change = result.sparse / result.dense - 1
     print(f"dense perplexity   {result.dense:.4f}")
     print(f"sparse perplexity  {result.sparse:.4f}  ({change:+.2%})")

@@ -128,7 +128,8 @@ class GateKeyCache:
             self._max_rows = max(max_rows, 2 * self._max_rows)
             block, (batch, _, *width) = self._gate.config.block, self._room.shape
             old = self.keys
-            self._room = old.new_empty(batch, ceil_div(self._max_rows, block), *width)
+            with torch.inference_mode(False):  # as where it was made
+                self._room = old.new_empty(batch, ceil_div(self._max_rows, block), *width)
             self._room[:, : old.shape[1]].copy_(old)
         return self
 

@@ -43,8 +43,8 @@ def attach(
 
     Raises:
         ImportError: transformers is missing or too old.
-        ValueError: another architecture, gates are there already, sliding windows, or RoPE whose
-            frequencies depend on the length.
+        ValueError: another architecture, gates are there already, sliding windows or attention
+            that is not causal, offloaded weights, or RoPE whose frequencies depend on the length.
     """
     config = SeerConfig() if config is None else config
     _register()
@@ -60,12 +60,12 @@ def attach(
     gates = []
     for layer in base.layers:
         module = layer.self_attn
-        weight = module.q_proj.weight
         sizes = base.config.num_attention_heads, base.config.num_key_value_heads, module.head_dim
         gate_config = config.gate_config(*sizes, rotary.attention_scaling)
-        # Weights of quantised models are integers; what they compute in is the norms' type.
-        kind = dtype or layer.input_layernorm.weight.dtype
-        gates.append(AttnGate(gate_config, rotary.inv_freq, device=weight.device, dtype=kind))
+        # Projections of quantised models hold integers, or have no `weight` at all.
+        norm = layer.input_layernorm.weight
+        kind = dtype or norm.dtype
+        gates.append(AttnGate(gate_config, rotary.inv_freq, device=norm.device, dtype=kind))
     for index, (layer, gate) in enumerate(zip(base.layers, gates, strict=True)):
         module = layer.self_attn
         own = Layer(state, module, index)
@@ -232,10 +232,21 @@ def _check(base: nn.Module) -> None:
         )
     for index, layer in enumerate(base.layers):
         module = layer.self_attn
+        if not (getattr(base.config, "is_causal", True) and getattr(module, "is_causal", True)):
+            raise ValueError(
+                f"seer::attach: layers.{index}: expected causal attention, got is_causal=False. "
+                "Gates learn the causal triangle: use a causal model."
+            )
         if getattr(module, "sliding_window", None) is not None:
             raise ValueError(
                 f"seer::attach: layers.{index}: expected full attention, got a sliding window of "
                 f"{module.sliding_window}. Set use_sliding_window=False."
+            )
+        if layer.input_layernorm.weight.is_meta:
+            raise ValueError(
+                f"seer::attach: layers.{index}: expected weights on a device, got meta tensors "
+                "(offloaded, or not loaded yet). Load the model with a device_map that offloads "
+                "nothing."
             )
         if 2 * base.rotary_emb.inv_freq.shape[0] != module.head_dim:
             raise ValueError(

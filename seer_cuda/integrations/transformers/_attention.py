@@ -8,6 +8,7 @@ other call is a prompt or a chunk of one.
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,9 @@ from torch import Tensor, nn
 from seer_cuda.gate_cache import GateKeyCache
 from seer_cuda.integrations.transformers._distil import layer_loss
 from seer_cuda.integrations.transformers._plan import Span
-from seer_cuda.integrations.transformers._state import LAYER, Layer, gate_of
+from seer_cuda.integrations.transformers._state import LAYER, NAME, Kept, Layer, gate_of
 from seer_cuda.ops import attn_pool, block_sparse_attn
 from seer_cuda.prefill import gate_mask
-
-NAME = "seer"
 
 
 def register() -> None:
@@ -67,7 +66,7 @@ def attention(
         ``[batch, rows, heads_q, head_dim]`` and no weights. Rows of padding are 0.
 
     Raises:
-        ValueError: the model has no gates.
+        ValueError: the model has no gates, or output_attentions.
     """
     from transformers import AttentionInterface
 
@@ -80,19 +79,25 @@ def attention(
     if layer is None or layer.plan is None:
         raise ValueError(
             'seer::attach: attn_implementation: expected a model with gates for "seer", got one '
-            "without. Call seer_cuda.integrations.transformers.attach."
+            "without. Call attach; a model that shares another's configuration needs its own."
         )
-    return _prompt(module, layer, *(x.transpose(1, 2) for x in (query, key, value)), scaling), None
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "seer::attach: output_attentions: expected False, got True: block-sparse attention "
+            "makes no weights. Configure mode='dense', with attn_implementation='eager'."
+        )
+    return _prompt(module, layer, query, key, value, scaling), None
 
 
 @torch.compiler.disable
 def _prompt(
-    module: nn.Module, layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None
+    module: nn.Module, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float | None
 ) -> Tensor:
-    """All sequences of a call, each by itself; tensors ``[batch, rows, heads, head_dim]``."""
+    """All sequences of a call, each by itself; arguments and result as in `attention`."""
     try:
         plan, state = layer.plan, layer.state
-        before = layer.before_rope(module)
+        before = layer.before_rope(module, query)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if torch.is_autocast_enabled(q.device.type):
             # Norms, RoPE's tables and the KV cache have made fp32 of what was projected.
             dtype = torch.get_autocast_dtype(q.device.type)
@@ -103,8 +108,10 @@ def _prompt(
                 f"seer::attach: past_key_values: expected none while distilling, got {plan.past} "
                 "tokens. Pass whole sequences with use_cache=False."
             )
-        if plan.past == 0 and layer.cache is not None:
-            state.kept.setdefault(layer.cache, {})[layer.index] = {}
+        if layer.cache is not None:
+            kept = state.kept.setdefault(layer.cache, {})
+            if plan.past == 0 or layer.index not in kept:
+                kept[layer.index] = Kept()
         out, losses = q if plan.whole else torch.zeros_like(q), []
         for span in plan.spans:
             if distilling:
@@ -123,6 +130,8 @@ def _prompt(
             # Made in any case: torch compares what a recomputation saves with what the forward did.
             if state.collecting:
                 state.losses[layer.index] = loss
+        if layer.cache is not None:
+            kept[layer.index].made_of = ref(key)
         return out
     finally:
         layer.end()
@@ -198,7 +207,7 @@ def _gate_keys(
     the KV cache are rotated back.
     """
     plan, gate = layer.plan, gate_of(module)
-    kept = layer.state.kept.setdefault(layer.cache, {}).setdefault(layer.index, {})
+    kept = layer.state.kept[layer.cache][layer.index].spans
     keys, start, held = kept.get(span.row, (None, 0, 0))
     same = keys is not None and (start, held) == (span.start, plan.past)
     if not same or keys.keys.dtype != k_before.dtype:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ class Corpus:
     def evaluation(self, count: int, length: int) -> Tensor:
         """``[count, length]`` held-out windows, the same in every run."""
         return self._windows(self.held_out, count, length, torch.Generator().manual_seed(0))
+
+    def digest(self) -> str:
+        """Of all tokens: a run goes on only with the text that it began with."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.held_out):
+            digest.update(part.numpy())
+        return digest.hexdigest()
 
     @staticmethod
     def _windows(stream: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:

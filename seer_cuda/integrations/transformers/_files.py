@@ -117,6 +117,8 @@ def load_gates(
         if fresh:
             detach(model)
         raise
+    # Gate keys that were kept with a KV cache are other weights'.
+    state_of(model, "load_gates").forget()
     return model
 
 

@@ -66,8 +66,8 @@ def make_plan(
     Args:
         batch, rows, past: Sequences, new tokens and cached tokens, padding included.
         mask: ``[batch, past + rows]`` or longer, True (or not 0) at tokens; None: no padding.
-        positions: ``[batch|1, rows]`` token positions. Without past and padding, a step other than
-            1 starts another packed sequence.
+        positions: ``[batch|1, rows]`` token positions. Without past and mask, a step other than 1
+            starts another packed sequence.
         cu_seqlens: Starts of packed sequences (batch 1), in place of positions.
 
     Raises:
@@ -83,6 +83,8 @@ def make_plan(
         bounds = _bounds(mask[:, : past + rows])
         if any(bound != (0, past + rows) for bound in bounds):
             return Plan(past, rows, _padded(bounds, past, rows))
+        # As in transformers: beside a mask, positions that jump are one sequence's.
+        positions = None
     if past == 0 and batch:
         spans = _packed(batch, rows, positions, cu_seqlens)
         return Plan(past, rows, spans, packed=any(span.end - span.begin != rows for span in spans))

@@ -20,12 +20,31 @@ from seer_cuda.gate_cache import GateKeyCache
 from seer_cuda.integrations.transformers._config import SeerConfig
 from seer_cuda.integrations.transformers._plan import Plan, make_plan
 
+#: The name of the attention implementation.
+NAME = "seer"
 STATE = "_seer_state"
 LAYER = "_seer_layer"
 
-#: Gate keys of one layer and one KV cache: by the row of their span, with the span's start and the
-#: tokens, padding included, that the KV cache then held.
-Kept = dict[int | None, tuple[GateKeyCache, int, int]]
+
+class Kept:
+    """Gate keys of one layer and one KV cache.
+
+    Attributes:
+        spans: By the row of their span, with the span's start and the tokens, padding included,
+            that the KV cache then held.
+        made_of: The tensor that the KV cache then had (weak). Beams that were reordered, rows that
+            were repeated or cropped make another one, whose tokens may be others.
+    """
+
+    def __init__(self) -> None:
+        self.spans: dict[int | None, tuple[GateKeyCache, int, int]] = {}
+        self.made_of: Callable[[], Tensor | None] = lambda: None
+
+    def fits(self, cache: Any, index: int) -> bool:
+        """Whether the KV cache is as it was left."""
+        layers = getattr(cache, "layers", ())
+        stored = getattr(layers[index], "keys", None) if index < len(layers) else None
+        return stored is not None and self.made_of() is stored
 
 
 class State:
@@ -94,17 +113,23 @@ class Layer:
         if self.capturing:
             self.k = output
 
-    def before_rope(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        """q and k ``[batch, rows, heads, head_dim]``.
+    def before_rope(self, module: nn.Module, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k ``[batch, rows, heads, head_dim]``; rotated: q after RoPE.
 
         Raises:
-            RuntimeError: the hooks saw nothing.
+            RuntimeError: the hooks saw nothing, or what they saw was rotated in place.
         """
         if self.q is None or self.k is None:
             raise RuntimeError(
                 f"seer::attach: layers.{self.index}.self_attn: expected q and k from "
                 f"{' and '.join(names(module))}, got none. Detach, and attach again after changing "
                 "modules (adapters, quantisation)."
+            )
+        if rotated.numel() and rotated.data_ptr() == self.q.data_ptr():
+            raise RuntimeError(
+                f"seer::attach: layers.{self.index}.self_attn: expected RoPE that leaves its input "
+                "as it is, got q rotated in place. Load the model without such a kernel (Liger's "
+                "rope, hub kernels)."
             )
         return tuple(
             x.unflatten(-1, (-1, module.head_dim)) if x.dim() == 3 else x for x in (self.q, self.k)
@@ -162,6 +187,13 @@ def _begin(
 ) -> None:
     state = layer.state
     layer.end()
+    implementation = module.config._attn_implementation
+    if implementation != NAME:
+        raise RuntimeError(
+            f"seer::attach: attn_implementation: expected {NAME!r} in mode {state.config.mode!r}, "
+            f"got {implementation!r}, set after attaching. Call configure(model) to set it again, "
+            "or detach first."
+        )
     if any(source(module, side) is not layer.sources[side] for side in "qk"):
         raise RuntimeError(
             f"seer::attach: layers.{layer.index}.self_attn: expected "
@@ -185,5 +217,8 @@ def _begin(
         past = 0 if cache is None else int(cache.get_seq_length(layer.index))
         state.plan = make_plan(batch, rows, past, mask, layer.positions, cu_seqlens)
         state.plan_of = given
+    kept = {} if cache is None else state.kept.get(cache, {})
+    if layer.index in kept and not kept[layer.index].fits(cache, layer.index):
+        del kept[layer.index]
     layer.plan = state.plan
     layer.capturing = True

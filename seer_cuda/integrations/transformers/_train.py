@@ -76,6 +76,11 @@ def distill(options: Distill) -> Path:
     Raises:
         RunError: options that cannot be used, or that differ from those of the run in the folder.
     """
+    if Path(options.out).resolve() == Path(options.model).resolve():
+        raise RunError(
+            f"--out: expected another folder than --model, whose config.json gates would replace, "
+            f"got {options.out}."
+        )
     model, tokenizer = _model(options.model, options.device)
     corpus = load(Path(options.text), tokenizer)
     attach(model, SeerConfig("distilling"), dtype=torch.float32)
@@ -87,7 +92,8 @@ def distill(options: Distill) -> Path:
     optimiser = torch.optim.AdamW(weights, lr=options.lr, weight_decay=0.0)
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    begin = _resume(folder, options, model, optimiser)
+    fixed = _fixed(options) | {"tokens": corpus.digest()}
+    begin = _resume(folder, fixed, model, optimiser)
     device = weights[0].device
     model.train()
     log = _Log(folder / LOG, begin)
@@ -96,6 +102,7 @@ def distill(options: Distill) -> Path:
         for step in range(begin, options.steps):
             loss = _step(model, corpus, options, step, device)
             norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
+            _check_finite("gradient", norm, step)
             rate = learning_rate(step, options)
             for group in optimiser.param_groups:
                 group["lr"] = rate
@@ -107,7 +114,7 @@ def distill(options: Distill) -> Path:
             left = seconds / done * (options.steps - done)
             print(f"step {done}/{options.steps}  loss {loss:.5f}  {left:.0f} s left", flush=True)
             if done % options.save_every == 0 or done == options.steps:
-                _save(folder, options, model, optimiser, done)
+                _save(folder, fixed, model, optimiser, done)
     finally:
         log.close()
     configure(model, mode="sparse")
@@ -128,20 +135,29 @@ def _step(
         loss.backward()
         total += loss.detach()
     value = total.item()
-    if not math.isfinite(value):
-        raise RunError(
-            f"--lr: expected a finite loss, got {value} in step {step + 1}. The last checkpoint is "
-            "good; lower --lr in a new folder."
-        )
+    _check_finite("loss", value, step)
     return value
 
 
+def _check_finite(name: str, value: float, step: int) -> None:
+    # A loss can be finite where its gradient is not; the weights would then be in a checkpoint.
+    if not math.isfinite(value):
+        raise RunError(
+            f"--lr: expected a finite {name}, got {value} in step {step + 1}. The last checkpoint "
+            "is good; lower --lr in a new folder."
+        )
+
+
 def _save(
-    folder: Path, options: Distill, model: nn.Module, optimiser: torch.optim.Optimizer, step: int
+    folder: Path,
+    fixed: dict[str, Any],
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    step: int,
 ) -> None:
     state = {
         "step": step,
-        "options": _fixed(options),
+        "options": fixed,
         "gates": [gate.state_dict() for gate in gates(model)],
         "optimiser": optimiser.state_dict(),
     }
@@ -154,13 +170,18 @@ def _save(
 
 
 def _resume(
-    folder: Path, options: Distill, model: nn.Module, optimiser: torch.optim.Optimizer
+    folder: Path, fixed: dict[str, Any], model: nn.Module, optimiser: torch.optim.Optimizer
 ) -> int:
     """Steps done by the run in the folder; 0 for a new one."""
     if not (folder / CHECKPOINT).is_file():
         return 0
     state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
-    for name, value in _fixed(options).items():
+    for name, value in fixed.items():
+        if name == "tokens" and state["options"][name] != value:
+            raise RunError(
+                f"--text: expected the tokens that the run in {folder} began with, got others. Put "
+                "text and tokenizer back, or use another --out for another run."
+            )
         if state["options"][name] != value:
             raise RunError(
                 f"--{name.replace('_', '-')}: expected {state['options'][name]}, as the run in "
@@ -182,9 +203,13 @@ class _Log:
         # Rows after the checkpoint belong to steps that are done again.
         rows = list(csv.reader(path.open(newline=""))) if begin and path.is_file() else []
         rows = [row for row in rows[1:] if len(row) == len(_COLUMNS) and int(row[0]) <= begin]
-        self._file = path.open("w", newline="")
+        # Whole before it takes the old one's place: a first step may last minutes.
+        part = path.with_name(f".{path.name}.part")
+        with part.open("w", newline="") as file:
+            csv.writer(file).writerows([_COLUMNS, *rows])
+        part.replace(path)
+        self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file)
-        self._writer.writerows([_COLUMNS, *rows])
         self.seconds = float(rows[-1][-1]) if rows else 0.0
 
     def row(self, *values: object) -> None:
@@ -257,12 +282,21 @@ def _model(folder: str, device: str) -> tuple[Any, Any]:
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device: expected auto or cpu, got cuda, which torch does not find.")
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     dtype = {name: torch.bfloat16 if device == "cuda" else torch.float32}
     load_model = transformers.AutoModelForCausalLM.from_pretrained
-    model = load_model(folder, local_files_only=True, **dtype)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    load_tokenizer = transformers.AutoTokenizer.from_pretrained
+    try:
+        model = load_model(folder, local_files_only=True, **dtype)
+        tokenizer = load_tokenizer(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(
+            f"--model: expected a model and its tokenizer in {folder}, got: {reason}"
+        ) from error
     return model.to(device).eval(), tokenizer
