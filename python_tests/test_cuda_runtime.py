@@ -3,6 +3,7 @@
 
 import contextlib
 import math
+from threading import Thread
 
 import attention
 import baselines
@@ -173,6 +174,19 @@ def test_a_sequence_does_not_depend_on_its_batch(seed):
     alone = sparse_op(q[1:2], k[1:2], v[1:2], bits[1:2])
     numerics.assert_bitwise("out", alone[0], out[1:2])
     numerics.assert_bitwise("lse", alone[1], lse[1:2])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_host_thread_without_a_context(head_dim, seed):
+    """The first CUDA call of a thread may be ours: its memory comes from torch's cache."""
+    q, k, v = small("cuda", rows=(600, 600), head_dim=head_dim, seed=seed)
+    expected = [x.clone() for x in sparse_op(q, k, v)]  # leaves blocks of the sizes it needs behind
+    results = []
+    thread = Thread(target=lambda: results.append(sparse_op(q, k, v)))
+    thread.start()
+    thread.join()
+    assert results, "the call raised in its thread"
+    assert all(torch.equal(x, y) for x, y in zip(results[0], expected, strict=True))
 
 
 def test_two_threads_on_two_streams(seed):

@@ -143,6 +143,26 @@ def test_a_cache_of_another_dtype_and_its_sizes(seed):
     assert GateKeyCache(double, 1, 64).append(layer_inputs(64)[1]).keys.shape == (1, 1, 2, 64)
 
 
+def test_a_cache_that_grows_keeps_its_keys(seed):
+    gate = make_gate(seed=seed)
+    _, k, *_ = layer_inputs(500, batch=2, seed=seed)
+    cache = GateKeyCache(gate, 2, 64).append(k[:, :64])
+    with pytest.raises(ValueError, match="at most 0 more rows"):
+        cache.append(k[:, 64:])
+    assert cache.reserve(10).reserve(65).append(k[:, 64:128]).rows == 128
+    cache.reserve(500).append(k[:, 128:])
+    assert torch.equal(cache.keys, gate.embed_k(k))
+
+
+def test_a_cache_that_grew_in_inference_mode_grows_outside(seed):
+    gate = make_gate(seed=seed)
+    _, k, *_ = layer_inputs(192, seed=seed)
+    cache = GateKeyCache(gate, 1, 64).append(k[:, :64])
+    with torch.inference_mode():
+        cache.reserve(192).append(k[:, 64:128])
+    assert torch.equal(cache.append(k[:, 128:]).keys, gate.embed_k(k))
+
+
 def test_wrong_calls_are_explained(seed):
     gate = make_gate(seed=seed)
     q, k, *_ = layer_inputs(256, seed=seed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``python -m seer_cuda info`` and ``python -m seer_cuda demo``.
+"""The command line: ``python -m seer_cuda info``, ``demo``, ``distill`` and ``eval``.
 
 Exit codes: 0 done, 1 a run that could not finish (a full disk), 2 options or text that cannot be
 used, 3 an optional package is missing, 130 interrupted. User errors are one line on stderr.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from seer_cuda import info
 from seer_cuda._version import __version__
+from seer_cuda.select import METHODS, Rule
 
 OK, FAILED, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -25,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         prog="seer-cuda", description="Block-sparse attention with a learned gate."
     )
     top.add_argument("--version", action="version", version=f"seer_cuda {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{info,demo}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{info,demo,distill,eval}")
 
     about = commands.add_parser("info", help="what this build holds and what runs on this machine")
     about.add_argument("--json", action="store_true", help="print JSON")
@@ -59,7 +60,46 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--distil-steps", type=int, metavar="N", help="training steps of the gates")
     demo.add_argument("--windows", type=int, metavar="N", help="held-out windows to evaluate")
     demo.add_argument("--context", type=int, metavar="N", help="tokens of a window")
+    _add_distill(commands)
+    _add_eval(commands)
     return top
+
+
+def _add_distill(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "distill",
+        help="train gates for a local Hugging Face model",
+        description="Trains a gate for each layer of a local transformers model on local text and "
+        "saves them in the released format. Started again, a run that was killed goes on.",
+    )
+    command.add_argument("--model", required=True, metavar="DIR", help="the model's folder")
+    command.add_argument("--text", required=True, metavar="PATH", help="a text file or a folder")
+    command.add_argument("--out", required=True, metavar="DIR", help="gates, checkpoint, log.csv")
+    command.add_argument("--context", type=int, default=8192, metavar="N", help="tokens a window")
+    command.add_argument("--batch", type=int, default=1, metavar="N", help="windows at a time")
+    command.add_argument("--accumulate", type=int, default=16, metavar="N", help="batches a step")
+    command.add_argument("--steps", type=int, default=500, metavar="N")
+    command.add_argument("--lr", type=float, default=1e-3)
+    command.add_argument("--warm-up", type=int, default=20, metavar="N", help="steps")
+    command.add_argument("--save-every", type=int, default=25, metavar="N", help="steps")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "eval",
+        help="held-out perplexity of a local Hugging Face model, dense and sparse",
+        description="Perplexity on the end of a text that distill does not train on.",
+    )
+    command.add_argument("--model", required=True, metavar="DIR", help="the model's folder")
+    command.add_argument("--gates", required=True, metavar="DIR", help="the gates' folder")
+    command.add_argument("--text", required=True, metavar="PATH", help="a text file or a folder")
+    command.add_argument("--method", choices=tuple(METHODS), help="default: the gates' rule")
+    command.add_argument("--value", type=float, help="of --method")
+    command.add_argument("--context", type=int, default=8192, metavar="N", help="tokens a window")
+    command.add_argument("--windows", type=int, default=8, metavar="N")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "info":
             print(info.as_json(info.collect()) if options.json else info.as_text(info.collect()))
             return OK
-        return _demo(options)
+        return {"demo": _demo, "distill": _distill, "eval": _eval}[options.command](options)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
@@ -114,4 +154,50 @@ def _demo(options: argparse.Namespace) -> int:
         return _fail(str(error), USAGE)
     except OSError as error:
         return _fail(f"--out {options.out}: {error}", FAILED)
+    return OK
+
+
+def _distill(options: argparse.Namespace) -> int:
+    if importlib.util.find_spec("transformers") is None:
+        return _fail("distill needs transformers: pip install 'seer_cuda[hf]'", MISSING)
+    from seer_cuda.integrations.transformers._train import Distill, distill
+
+    chosen = {name: value for name, value in vars(options).items() if name != "command"}
+    try:
+        print(f"gates: {distill(Distill(**chosen))}")
+    except ImportError as error:
+        return _fail(str(error), MISSING)
+    except ValueError as error:
+        return _fail(str(error), USAGE)
+    except OSError as error:
+        return _fail(f"--out {options.out}: {error}", FAILED)
+    return OK
+
+
+def _eval(options: argparse.Namespace) -> int:
+    if importlib.util.find_spec("transformers") is None:
+        return _fail("eval needs transformers: pip install 'seer_cuda[hf]'", MISSING)
+    from seer_cuda.integrations.transformers._train import evaluate
+
+    if (options.method is None) != (options.value is None):
+        return _fail("--method and --value: expected both or neither, got one", USAGE)
+    try:
+        result = evaluate(
+            options.model,
+            options.gates,
+            options.text,
+            context=options.context,
+            windows=options.windows,
+            rule=None if options.method is None else Rule(options.method, options.value, local=1),
+            device=options.device,
+        )
+    except ImportError as error:
+        return _fail(str(error), MISSING)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        # A KeyError's own text is in quotes.
+        return _fail(str(error.args[0] if isinstance(error, KeyError) else error), USAGE)
+    change = result.sparse / result.dense - 1
+    print(f"dense perplexity   {result.dense:.4f}")
+    print(f"sparse perplexity  {result.sparse:.4f}  ({change:+.2%})")
+    print(f"kept blocks        {result.density:.1%} of the visible ones")
     return OK

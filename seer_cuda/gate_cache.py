@@ -118,6 +118,21 @@ class GateKeyCache:
         self._rows = end
         return self
 
+    def reserve(self, max_rows: int) -> GateKeyCache:
+        """Makes room for at least `max_rows` tokens in all, for prompts whose length is not known.
+
+        The room grows twofold or more, so that growing with a prompt copies each key once or twice.
+        It moves then: a CUDA graph captured before goes on with the old one.
+        """
+        if max_rows > self._max_rows:
+            self._max_rows = max(max_rows, 2 * self._max_rows)
+            block, (batch, _, *width) = self._gate.config.block, self._room.shape
+            old = self.keys
+            with torch.inference_mode(False):  # as where it was made
+                self._room = old.new_empty(batch, ceil_div(self._max_rows, block), *width)
+            self._room[:, : old.shape[1]].copy_(old)
+        return self
+
     def truncate(self, rows: int) -> GateKeyCache:
         """Forgets all tokens from `rows` on, a multiple of the block.
 

@@ -66,13 +66,21 @@ inline cudaError_t encode_rows(CUtensorMap* map, const ConstView& view, DType dt
   }
   const cuuint32_t box[5] = {kBoxCols, kBoxRows, 1, 1, static_cast<cuuint32_t>(sizes[4])};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  const CUresult result =
-      encode(map,
-             dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                       : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-             5, reinterpret_cast<void*>(address), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const auto ask = [&] {
+    return encode(map, type, 5, reinterpret_cast<void*>(address), sizes, strides, box, steps,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = ask();
+  if (result != CUDA_SUCCESS) {
+    // The driver wants a current context, which a host thread that never called the runtime lacks:
+    // memory from a caching allocator takes no call. cudaSetDevice makes it current, in captures too.
+    int device = 0;
+    if (cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess)
+      result = ask();
+  }
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
