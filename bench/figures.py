@@ -197,13 +197,32 @@ def _draw_panel(axis, lines: dict, theme: Theme, top: float) -> None:
     axis.tick_params(length=0)
 
 
-def speed_section(record: dict | None) -> str:
-    """README: the figure, the table of sparse attention at the middle length, and the dense one."""
+def figure_section(record: dict | None) -> str:
+    """README: the figure and what it shows."""
     if record is None or not series(record["rows"], BLOCKS[0]):
         return (
             "No GPU record is in [bench/results](bench/results) yet: `make gpu-check` on a GPU "
             "machine writes it, and `python -m bench.figures` puts it here."
         )
+    return "\n".join(
+        [
+            "<picture>",
+            '  <source media="(prefers-color-scheme: dark)" srcset="docs/img/speed_dark.svg">',
+            '  <img alt="TFLOP/s over density, against peers" src="docs/img/speed_light.svg">',
+            "</picture>",
+            "",
+            f"TFLOP/s of kept work on an {record['gpu']}, torch {record['torch']}, "
+            f"{record['date']}: {report.length(MIDDLE)} tokens, causal, a random mask per head; 32 "
+            "query and 8 KV heads of 128, bf16; sustained, peers in the same run.",
+        ]
+    )
+
+
+def speed_section(record: dict | None) -> str:
+    """README: the tables of sparse attention at the middle length, of dense attention, of the map
+    and of the gate."""
+    if record is None or not series(record["rows"], BLOCKS[0]):
+        return "No GPU record yet."
     sparse = report.sparse_table(record["rows"], MIDDLE, BLOCKS)
     dense = report.dense_table(record["rows"])
     gate = report.gate_table(record["rows"])
@@ -221,14 +240,7 @@ def speed_section(record: dict | None) -> str:
         note += ["", f"Not installed for this run, so not compared: {', '.join(absent)}."]
     return "\n".join(
         [
-            "<picture>",
-            '  <source media="(prefers-color-scheme: dark)" srcset="docs/img/speed_dark.svg">',
-            '  <img alt="TFLOP/s over density, against peers" src="docs/img/speed_light.svg">',
-            "</picture>",
-            "",
-            f"TFLOP/s of kept work on an {record['gpu']}, torch {record['torch']}, "
-            f"{record['date']}: {report.length(MIDDLE)} tokens, causal, a random mask per head; 32 "
-            "query and 8 KV heads of 128, bf16; sustained, peers in the same run.",
+            "Block-sparse attention, TFLOP/s of kept work, as in the figure above:",
             "",
             *sparse,
             "",
@@ -297,6 +309,7 @@ def with_section(text: str, name: str, content: str) -> str:
 
 def generated_readme(text: str, record: dict | None, variants: list[dict]) -> str:
     """README.md as it should be."""
+    text = with_section(text, "figure", figure_section(record))
     text = with_section(text, "speed", speed_section(record))
     return with_section(text, "support", support_section(variants))
 
