@@ -188,7 +188,9 @@ class _Quality:
             }
             if one.rule == "density":
                 best = keep(oracle, one.value, prompt).to_dense() & _open(one.value, oracle)
-                values["recall"] = (kept & best).sum() / best.sum().clamp_min(1)
+                # Where nothing but diagonals is kept, there is nothing to miss.
+                missed = (best & ~kept).sum() / best.sum().clamp_min(1)
+                values["recall"] = 1 - missed
             self.seen[one].append(values)
 
     def of(self, one: Selection) -> dict[str, float]:
