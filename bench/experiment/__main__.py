@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.stage == "page":
         from bench.experiment import page
 
-        return page.main(options.check)
+        return page.main(options.out or options.folder / "out", options.check)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import torch
 

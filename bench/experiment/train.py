@@ -200,8 +200,7 @@ def run(folder: Path, settings: Settings, device: str, log=print) -> Path:
         batch = draw(stream, max(1, settings.step_tokens // context), context + 1, step)
         loss, norm = trainer.step(batch.to(device), rate)
         step, tokens = step + 1, tokens + batch.shape[0] * context
-        report = step % 20 == 0 or step == 1
-        if report:
+        if step % 20 == 0 or step == 1 or time.monotonic() - began >= budget:
             row = (context, tokens, f"{loss.item():.4f}", f"{rate:.3g}", f"{norm.item():.3g}")
             seconds = time.monotonic() - began
             writer.writerow((step, f"{seconds:.1f}", *row))
