@@ -22,7 +22,7 @@ def source(seed, lines):
     """Python-like text."""
     draw = np.random.default_rng(seed)
     return "\n".join(
-        f"def {WORDS[draw.integers(10)]}_{n}({WORDS[draw.integers(10)]}):\n    return {n}"
+        f"def {WORDS[draw.integers(10)]}_{seed}_{n}(a_{WORDS[draw.integers(10)]}):\n    return {n}"
         for n in range(lines)
     )
 
@@ -81,6 +81,25 @@ def test_a_file_is_in_one_package_only_and_held_out_first(site):
         if path.endswith("copy.py")
     ]
     assert owners == ["test"]
+
+
+def test_near_copies_of_held_out_files_are_not_trained_on(site, tmp_path):
+    parts = corpus.split(corpus.packages([site]), SETTINGS)
+    text = parts["test"][0].files[-1][1]
+    (tmp_path / "other").mkdir()
+    lines = text.splitlines()
+    (tmp_path / "other" / "near.py").write_text("\n".join([*lines[:-40], source(77, 20)]))
+    (tmp_path / "other" / "far.py").write_text("\n".join([*lines[:100], source(78, 200)]))
+    found = corpus.packages([site, tmp_path])
+    kept = {
+        name: part
+        for part, own in corpus.split(
+            found, replace(SETTINGS, package_bytes=(20_000, 10**6))
+        ).items()
+        for package in own
+        for name, _ in package.files
+    }
+    assert "other/near.py" not in kept and kept["other/far.py"] == "train"
 
 
 @pytest.fixture(scope="module")
@@ -160,17 +179,20 @@ def test_training_goes_on_after_a_kill(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_SAVE_SECONDS", 0.0)
     step = train.Trainer.step
 
+    rates = []
+
     def killed(self, windows, rate):
-        if windows.shape[1] == TINY.phases[-1][0] + 1:
+        rates.append(rate)
+        if len(rates) == 3:
             raise KeyboardInterrupt
         return step(self, windows, rate)
 
-    settings = replace(TINY, minutes=0.04)
+    settings = replace(TINY, minutes=0.1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train.Trainer, "step", killed)
         train.run(tmp_path, settings, "cpu")
     state = torch.load(tmp_path / "train" / "checkpoint.pt", weights_only=True)
-    assert state["step"] > 0 and state["seconds"] > 1.0
+    assert state["step"] == 2 and state["seconds"] > 0
     said = []
     train.run(tmp_path, settings, "cpu", said.append)
     assert said[0].startswith(f"going on after step {state['step']}")
@@ -242,6 +264,15 @@ def test_the_driver_keeps_order_gpus_and_what_is_done(tmp_path, monkeypatch):
     assert sorted(stages.ran("c") + stages.ran("d")) == ["3", "5"]
     assert run_driver(stages, todo, ["3"], monkeypatch) == []
     assert len(stages.ran("b")) == 1
+
+
+def test_a_gpu_that_comes_later_is_waited_for(tmp_path, monkeypatch):
+    stages = Stages(tmp_path)
+    todo = [stages.job("one", gpu="last"), stages.job("two", gpu="first")]
+    began = driver.time.monotonic()
+    assert run_driver(stages, todo, ["0", "1@1.5"], monkeypatch) == []
+    assert driver.time.monotonic() - began >= 1.5
+    assert stages.ran("one") == ["1"] and stages.ran("two") == ["0"]
 
 
 def test_the_driver_says_what_is_left(tmp_path, monkeypatch):

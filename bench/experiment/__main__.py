@@ -28,7 +28,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--windows", type=int, help="of the evaluation")
     command.add_argument("--seed", type=int, help="of distil")
     command.add_argument("--group", help="of eval: baselines or a seed")
-    command.add_argument("--gpus", nargs="+", default=["0"], help="of all; the first one trains")
+    command.add_argument(
+        "--gpus",
+        nargs="+",
+        default=["0"],
+        help="of all; the first one trains; 1@480: the second one from 480 s on",
+    )
     command.add_argument("--no-prefill", action="store_true", help="all: without prefill")
     command.add_argument("--check", action="store_true", help="of page: only say what is stale")
     return command

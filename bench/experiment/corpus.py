@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import sysconfig
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,9 @@ _MOST_BYTES = 300_000
 _LEAST_BYTES = 200
 _LONGEST_MEAN_LINE = 100
 _LEAST_LETTERS = 0.4
+# A line of its own has this many characters; a file with more known ones than this share is a copy.
+_LINE, _MOST_KNOWN = 25, 0.5
+_TASK_FILES = 128
 # Copies of other packages inside packages, which could be held-out ones.
 _COPIES = frozenset({"_vendor", "vendor", "vendored", "extern", "third_party", "lib2to3"})
 
@@ -51,7 +57,9 @@ def roots() -> list[Path]:
     return [path for path in dict.fromkeys(found) if path.is_dir()]
 
 
-def packages(folders: Iterable[Path], library: Path | None = None) -> list[Package]:
+def packages(
+    folders: Iterable[Path], library: Path | None = None, pool: Executor | None = None
+) -> list[Package]:
     """Every package of the folders, by name; the standard library as the package "python"."""
     named: dict[str, list[Path]] = {}
     for folder in folders:
@@ -62,28 +70,36 @@ def packages(folders: Iterable[Path], library: Path | None = None) -> list[Packa
         # Its tests and copies of installed packages left out.
         skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
         named["python"] = [path for path in sorted(library.iterdir()) if path.name not in skip]
-    found = []
-    for name, entries in sorted(named.items()):
-        package = Package(name)
-        for entry in entries:
-            package.files += _files(entry)
-        if package.files:
-            found.append(package)
-    return found
+    # (package, path, path inside) of every file, read in parallel where there is a pool.
+    places = [
+        (name, path, str(path.relative_to(entry.parent)))
+        for name, entries in sorted(named.items())
+        for entry in entries
+        for path in _paths(entry)
+    ]
+    read = map if pool is None else partial(pool.map, chunksize=_TASK_FILES)
+    texts = read(_text, [path for _, path, _ in places])
+    found: dict[str, Package] = {}
+    for (name, _, inside), text in zip(places, texts, strict=True):
+        if text is not None:
+            found.setdefault(name, Package(name)).files.append((inside, text))
+    return list(found.values())
 
 
-def _files(entry: Path) -> Iterator[tuple[str, str]]:
+def _paths(entry: Path) -> Iterator[Path]:
     paths = [entry] if entry.is_file() else sorted(entry.rglob("*.py"))
     for path in paths:
-        inside = path.relative_to(entry.parent)
-        if path.suffix != ".py" or _COPIES & set(inside.parts):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if _written(text):
-            yield str(inside), text
+        if path.suffix == ".py" and not _COPIES & set(path.relative_to(entry.parent).parts):
+            yield path
+
+
+def _text(path: Path) -> str | None:
+    """What a file holds, None if it does not count."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if _written(text) else None
 
 
 def _written(text: str) -> bool:
@@ -95,7 +111,11 @@ def _written(text: str) -> bool:
 
 
 def split(found: list[Package], settings: Settings) -> dict[str, list[Package]]:
-    """The packages of every split; copies of a file count once, first where it is held out."""
+    """The packages of every split.
+
+    Copies of a file count once, first where it is held out. Files that share most of their lines
+    with held-out ones are not trained on: some packages exist twice, under two names.
+    """
     low, high = settings.package_bytes
     order = sorted(found, key=lambda package: hashlib.sha256(package.name.encode()).digest())
     parts: dict[str, list[Package]] = {name: [] for name in SPLITS}
@@ -107,11 +127,30 @@ def split(found: list[Package], settings: Settings) -> dict[str, list[Package]]:
         parts[part].append(package)
         sizes[part] += package.size
     seen: set[bytes] = set()
+    held_out: set[int] = set()
     for name in ("test", "validation", "train"):
-        for package in sorted(parts[name], key=lambda package: package.name):
-            package.files = [file for file in package.files if _is_new(file[1], seen)]
         parts[name].sort(key=lambda package: package.name)
+        for package in parts[name]:
+            files = [file for file in package.files if _is_new(file[1], seen)]
+            if name == "train":
+                files = [file for file in files if not _is_known(file[1], held_out)]
+            else:
+                for _, text in files:
+                    held_out |= _lines(text)
+            package.files = files
+        parts[name] = [package for package in parts[name] if package.files]
     return parts
+
+
+def _lines(text: str) -> set[int]:
+    """Hashes of a text's lines that are long enough to be its own."""
+    lines = map(str.strip, text.split("\n"))
+    return {hash(line) for line in lines if len(line) >= _LINE}
+
+
+def _is_known(text: str, held_out: set[int]) -> bool:
+    own = _lines(text)
+    return bool(own) and len(own & held_out) > _MOST_KNOWN * len(own)
 
 
 def _is_new(text: str, seen: set[bytes]) -> bool:
@@ -148,19 +187,35 @@ def sample(parts: list[Package], size: int) -> Iterator[str]:
     yield from texts[::every]
 
 
-def encode(tokenizer, found: list[Package]) -> list[np.ndarray]:
+def encode(
+    tokenizer_file: Path, found: list[Package], pool: Executor | None = None
+) -> list[np.ndarray]:
     """uint16 tokens of each package: every file with its path before it."""
-    marked = [
-        [f"{FILE_TOKEN}# {path}\n{text}" for path, text in package.files] for package in found
+    tasks = [
+        (at, package.files[first : first + _TASK_FILES])
+        for at, package in enumerate(found)
+        for first in range(0, len(package.files), _TASK_FILES)
     ]
-    backend, streams = tokenizer.backend_tokenizer, []
-    for texts in marked:
-        parts = []
-        for first in range(0, len(texts), 512):
-            chunk = backend.encode_batch(texts[first : first + 512], add_special_tokens=False)
-            parts += [np.array(one.ids, dtype=np.uint16) for one in chunk]
-        streams.append(np.concatenate(parts) if parts else np.empty(0, np.uint16))
-    return streams
+    encoded = (map if pool is None else pool.map)(
+        partial(_encode, str(tokenizer_file)), [files for _, files in tasks]
+    )
+    parts: list[list[np.ndarray]] = [[] for _ in found]
+    for (at, _), tokens in zip(tasks, encoded, strict=True):
+        parts[at].append(tokens)
+    return [np.concatenate(own) if own else np.empty(0, np.uint16) for own in parts]
+
+
+@cache
+def _backend(tokenizer_file: str):
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(tokenizer_file)
+
+
+def _encode(tokenizer_file: str, files: list[tuple[str, str]]) -> np.ndarray:
+    texts = [f"{FILE_TOKEN}# {path}\n{text}" for path, text in files]
+    encoded = _backend(tokenizer_file).encode_batch(texts, add_special_tokens=False)
+    return np.concatenate([np.array(one.ids, dtype=np.uint16) for one in encoded])
 
 
 def run(
@@ -177,24 +232,27 @@ def run(
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     standard = Path(sysconfig.get_paths()["stdlib"]) if library else None
-    parts = split(packages(roots() if folders is None else folders, standard), settings)
-    read = time.monotonic()
-    tokenizer = train_tokenizer(sample(parts["train"], settings.sample_bytes), settings.vocabulary)
-    trained = time.monotonic()
-    tokenizer.save_pretrained(folder / "tokenizer")
-    splits = {}
-    for name, found in parts.items():
-        streams = encode(tokenizer, found)
-        np.save(folder / f"{name}.npy", np.concatenate(streams))
-        splits[name] = [
-            {
-                "package": package.name,
-                "files": len(package.files),
-                "characters": package.size,
-                "tokens": int(stream.size),
-            }
-            for package, stream in zip(found, streams, strict=True)
-        ]
+    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), initializer=_alone) as pool:
+        found = packages(roots() if folders is None else folders, standard, pool)
+        parts = split(found, settings)
+        read = time.monotonic()
+        texts = sample(parts["train"], settings.sample_bytes)
+        tokenizer = train_tokenizer(texts, settings.vocabulary)
+        trained = time.monotonic()
+        tokenizer.save_pretrained(folder / "tokenizer")
+        splits = {}
+        for name, own in parts.items():
+            streams = encode(folder / "tokenizer" / "tokenizer.json", own, pool)
+            np.save(folder / f"{name}.npy", np.concatenate(streams))
+            splits[name] = [
+                {
+                    "package": package.name,
+                    "files": len(package.files),
+                    "characters": package.size,
+                    "tokens": int(stream.size),
+                }
+                for package, stream in zip(own, streams, strict=True)
+            ]
     seconds = {
         "read": read - began,
         "tokenizer": trained - read,
@@ -209,6 +267,11 @@ def run(
     part.write_text(json.dumps(result, indent=1))
     part.replace(report)
     return result
+
+
+def _alone() -> None:
+    """A worker's tokenizer uses no threads: the workers are the parallelism."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def windows(folder: Path, name: str, count: int, length: int) -> np.ndarray:

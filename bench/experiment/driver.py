@@ -28,7 +28,7 @@ class Job:
     """One stage: its name, its arguments, what it waits for.
 
     Attributes:
-        gpu: "none", "first" (the first GPU alone) or "any".
+        gpu: "none", "first" or "last" (that one alone), or "any".
     """
 
     name: str
@@ -39,11 +39,13 @@ class Job:
 
 def jobs(settings: Settings, prefill: bool = True) -> list[Job]:
     """Every stage, those first that should start first."""
-    found = [Job("corpus", ("corpus",), gpu="none")]
+    found = [
+        Job("corpus", ("corpus",), gpu="none"),
+        Job("train", ("train",), ("corpus",), gpu="first"),
+    ]
     if prefill:
-        # On the GPU while the corpus is read.
-        found.append(Job("prefill", ("prefill",), gpu="first"))
-    found.append(Job("train", ("train",), ("corpus",), gpu="first"))
+        # Needs nothing: on another GPU while the model trains, or while the corpus is read.
+        found.append(Job("prefill", ("prefill",), gpu="last"))
     seeds = list(map(str, settings.seeds))
     found += [Job(f"distil_{seed}", ("distil", "--seed", seed), ("train",)) for seed in seeds]
     for group in groups(settings):
@@ -53,15 +55,24 @@ def jobs(settings: Settings, prefill: bool = True) -> list[Job]:
 
 
 class Driver:
-    """Starts jobs as they become possible."""
+    """Starts jobs as they become possible.
+
+    Args:
+        folder: Of the run.
+        todo: The jobs, those first that should start first.
+        gpus: Names for CUDA_VISIBLE_DEVICES; "1@480" may be used from 480 s after the start on.
+        options: Given to every stage.
+    """
 
     def __init__(
         self, folder: Path, todo: Sequence[Job], gpus: Sequence[str], options: Sequence[str]
     ) -> None:
         self.folder, self.options = folder, list(options)
         self.todo = list(todo)
-        self.free = list(gpus)
-        self.first = gpus[0]
+        known = [gpu.partition("@") for gpu in gpus]
+        self.order = [name for name, _, _ in known]
+        self.later = {name: float(seconds) for name, _, seconds in known if seconds}
+        self.free = list(self.order)
         self.running: dict[subprocess.Popen, tuple[Job, str | None, float]] = {}
         self.tries: dict[str, int] = {}
         self.began = time.monotonic()
@@ -78,10 +89,12 @@ class Driver:
             for job in list(self.todo):
                 if self.done(job.name):
                     self.todo.remove(job)
-                elif all(map(self.done, job.after)) and self._has_gpu(job):
-                    self.todo.remove(job)
-                    self._start(job)
-            if not self.running:
+                elif all(map(self.done, job.after)):
+                    gpu = None if job.gpu == "none" else self._gpu_for(job)
+                    if gpu is not None or job.gpu == "none":
+                        self.todo.remove(job)
+                        self._start(job, gpu)
+            if not self.running and not self._waits():
                 return [job.name for job in self.todo] + sorted(
                     name for name in self.tries if not self.done(name)
                 )
@@ -89,15 +102,22 @@ class Driver:
             for process in [process for process in self.running if process.poll() is not None]:
                 self._finish(process)
 
-    def _has_gpu(self, job: Job) -> bool:
-        return job.gpu == "none" or (
-            self.first in self.free if job.gpu == "first" else bool(self.free)
+    def _gpu_for(self, job: Job) -> str | None:
+        """A GPU that may be used now."""
+        wanted = {"first": self.order[:1], "last": self.order[-1:]}.get(job.gpu, self.order)
+        now = time.monotonic() - self.began
+        return next(
+            (gpu for gpu in wanted if gpu in self.free and now >= self.later.get(gpu, 0.0)), None
         )
 
-    def _start(self, job: Job) -> None:
-        gpu = None
-        if job.gpu != "none":
-            gpu = self.first if job.gpu == "first" else self.free[0]
+    def _waits(self) -> bool:
+        """Whether something can start once a GPU may be used."""
+        now = time.monotonic() - self.began
+        ready = any(all(map(self.done, job.after)) for job in self.todo)
+        return ready and any(now < seconds for seconds in self.later.values())
+
+    def _start(self, job: Job, gpu: str | None) -> None:
+        if gpu is not None:
             self.free.remove(gpu)
         self.tries[job.name] = self.tries.get(job.name, 0) + 1
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
@@ -114,9 +134,7 @@ class Driver:
         job, gpu, began = self.running.pop(process)
         seconds = time.monotonic() - began
         if gpu is not None:
-            # The first GPU stays first: what asks for it alone should not wait.
             self.free.append(gpu)
-            self.free.sort(key=lambda name: name != self.first)
         if process.returncode == 0:
             mark = self.folder / "done" / f"{job.name}.json"
             mark.write_text(json.dumps({"seconds": round(seconds, 1), "gpu": gpu}))

@@ -27,9 +27,9 @@ class Settings:
 
     vocabulary: int = 8192
     sample_bytes: int = 30_000_000
-    held_out_bytes: int = 6_000_000
-    validation_bytes: int = 2_000_000
-    package_bytes: tuple[int, int] = (300_000, 4_000_000)
+    held_out_bytes: int = 8_000_000
+    validation_bytes: int = 2_500_000
+    package_bytes: tuple[int, int] = (300_000, 1_500_000)
 
     layers: int = 8
     hidden: int = 768
@@ -46,10 +46,10 @@ class Settings:
     compile: bool = True
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    distil_steps: int = 120
+    distil_steps: int = 250
     distil_batch: int = 8
 
-    windows: int = 24
+    windows: int = 32
     validation_windows: int = 4
     densities: tuple[float, ...] = DENSITIES
     thresholds: tuple[float, ...] = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
