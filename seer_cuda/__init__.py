@@ -20,7 +20,7 @@ _library.load_ops()
 from seer_cuda import _autograd, _composite, _fake  # noqa: E402, F401
 
 # isort: on
-from seer_cuda import distill, reference, select  # noqa: E402
+from seer_cuda import distill, heuristics, reference, select  # noqa: E402
 from seer_cuda._attention_map import AttentionMap, attention_map  # noqa: E402
 from seer_cuda._version import __version__  # noqa: E402
 from seer_cuda.block_mask import BlockMask  # noqa: E402
@@ -51,6 +51,7 @@ __all__ = [
     "gate_mask",
     "gate_scores",
     "gate_select",
+    "heuristics",
     "pool_gate",
     "reference",
     "select",
