@@ -10,7 +10,7 @@ checkpoints (``mask_linear_q.weight``, ``mask_linear_k.weight``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,12 @@ from seer_cuda._checkpoint import released_gate_state
 from seer_cuda._contracts import check_gate_alignment
 from seer_cuda._gate_config import GATE_NAMES, GateConfig
 from seer_cuda._gate_math import norm_rotate
+from seer_cuda._packed import Packed
 from seer_cuda._rope_tables import KeptTables
 from seer_cuda.block_mask import BlockMask, ceil_div
-from seer_cuda.ops import POOLS, Method, gate_scores, pool_gate
+from seer_cuda.gate_ops import POOLS, gate_scores, pool_gate
 from seer_cuda.prefill import gate_mask
-from seer_cuda.select import Rule
+from seer_cuda.select import Method, Rule
 
 if TYPE_CHECKING:
     from seer_cuda.gate_cache import GateKeyCache
@@ -165,7 +166,36 @@ class AttnGate(nn.Module):
         blocks = first // block, ceil_div(first + rows, block)
         return self._kept_tables.get(self.inv_freq, blocks, block, self._rope_at)
 
-    def embed(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _packed_tables(
+        self, positions: Tensor | None, packed: Packed, total_kv: int
+    ) -> tuple[_Tables, _Tables]:
+        """RoPE tables of packed q and k, ``[blocks, w]`` or ``[batch, blocks, w]``."""
+        if self.config.rotary == 0:
+            return (None, None), (None, None)
+        block = self.config.block
+        if positions is not None:
+            at_q, at_k = (positions[at] for at in packed.first_tokens(block, total_kv))
+            return self._rope_at(at_q), self._rope_at(at_k)
+        blocks_q, blocks_kv = packed.blocks(block)
+        most = max(blocks_q, blocks_kv)
+        cos, sin = self._kept_tables.get(self.inv_freq, (0, most), block, self._rope_at)
+        tables_k = cos[:blocks_kv], sin[:blocks_kv]
+        if packed.cu_seqlens_q is packed.cu_seqlens_kv:
+            return (cos[:blocks_q], sin[:blocks_q]), tables_k
+        at = packed.first_blocks(block, most)
+        return (cos[at], sin[at]), tables_k
+
+    def embed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor | None = None,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_kv: Tensor | None = None,
+        max_rows_q: int = 0,
+        max_rows_kv: int = 0,
+    ) -> tuple[Tensor, Tensor]:
         """Gate embeddings of q and k.
 
         Args:
@@ -175,32 +205,38 @@ class AttnGate(nn.Module):
                 start chunks of a prompt at multiples of the block.
             positions: Token positions of the KV rows, ``[rows_kv]`` or ``[batch|1, rows_kv]``; the
                 query rows are the last rows_q of them. Default: 0, 1, 2, ...
+            cu_seqlens_q, cu_seqlens_kv: int32 ``[batch + 1]``, both or neither: packed sequences,
+                q ``[total_q, heads_q, head_dim]``, k ``[total_kv, heads_kv, head_dim]``, positions
+                ``[total_kv]``, each sequence as above by itself. Lengths are not read: that the
+                queries of each start at a multiple of the block is up to the caller. One tensor
+                for both saves four small launches.
+            max_rows_q, max_rows_kv: Longest sequences; needed with cu_seqlens.
 
         Returns:
             q_gate ``[batch, blocks_q, heads_q, gate_dim]`` and k_gate ``[batch, blocks_kv, heads_q
-            (single-linear) or heads_kv, gate_dim]``, of q's dtype.
+            (single-linear) or heads_kv, gate_dim]``, of q's dtype; packed with the block counts of
+            max_rows, and 0 past a shorter sequence.
 
         Raises:
-            ValueError: q, k or positions of another shape, rows_kv < rows_q, or a chunk that does
-                not start at a multiple of the block.
+            ValueError: q, k or positions of another shape, rows_kv < rows_q, a chunk that does
+                not start at a multiple of the block, or one of cu_seqlens without the other.
+            RuntimeError: refused by the op.
         """
-        self._check("q", q)
-        self._check("k", k, positions)
-        rows_q, rows_kv = q.shape[1], k.shape[1]
-        first = rows_kv - rows_q
-        if first < 0:
-            raise ValueError(
-                f"seer::AttnGate: k: expected rows_kv of at least rows_q = {rows_q}, got "
-                f"{rows_kv}. Pass the keys of the whole prompt so far."
-            )
-        config = self.config
-        check_gate_alignment("AttnGate", rows_q, rows_kv, config.block, config.block, "block")
-        at_q = None if positions is None else positions[..., first:]
-        tables_q = self._tables(at_q, first, rows_q)
-        tables_k = self._tables(positions, 0, rows_kv)
+        lengths = (cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv)
+        packed = Packed.of("AttnGate", *lengths)
+        self._check("q", q, packed=packed is not None)
+        self._check("k", k, positions, packed=packed is not None)
+        if packed is not None:
+            tables_q, tables_k = self._packed_tables(positions, packed, k.shape[0])
+        else:
+            tables_q, tables_k = self._chunk_tables(positions, q.shape[1], k.shape[1])
         if torch.is_grad_enabled():
-            return self._embed_one("q", q, tables_q), self._embed_one("k", k, tables_k)
+            return (
+                self._embed_one("q", q, tables_q, cu_seqlens_q, max_rows_q),
+                self._embed_one("k", k, tables_k, cu_seqlens_kv, max_rows_kv),
+            )
         # One launch for both.
+        config = self.config
         q_gate, k_gate = torch.ops.seer._pool_gate_pair(
             q,
             k,
@@ -212,8 +248,24 @@ class AttnGate(nn.Module):
             config.block,
             config.q_pools,
             config.k_pools,
+            *lengths,
         )
         return self._normed("q", q_gate, tables_q), self._normed("k", k_gate, tables_k)
+
+    def _chunk_tables(
+        self, positions: Tensor | None, rows_q: int, rows_kv: int
+    ) -> tuple[_Tables, _Tables]:
+        """RoPE tables of q and k, where the queries are the last of the rows."""
+        first = rows_kv - rows_q
+        if first < 0:
+            raise ValueError(
+                f"seer::AttnGate: k: expected rows_kv of at least rows_q = {rows_q}, got "
+                f"{rows_kv}. Pass the keys of the whole prompt so far."
+            )
+        block = self.config.block
+        check_gate_alignment("AttnGate", rows_q, rows_kv, block, block, "block")
+        at_q = None if positions is None else positions[..., first:]
+        return self._tables(at_q, first, rows_q), self._tables(positions, 0, rows_kv)
 
     def embed_q(self, q: Tensor, positions: Tensor | None = None, *, first: int = 0) -> Tensor:
         """Gate embedding of q alone, e.g. of a later chunk against kept keys.
@@ -256,11 +308,25 @@ class AttnGate(nn.Module):
             )
         return self._embed_one(side, x, self._tables(positions, first, x.shape[1]))
 
-    def _embed_one(self, side: str, x: Tensor, tables: _Tables) -> Tensor:
+    def _embed_one(
+        self,
+        side: str,
+        x: Tensor,
+        tables: _Tables,
+        cu_seqlens: Tensor | None = None,
+        max_rows: int = 0,
+    ) -> Tensor:
         config = self.config
         pools = config.q_pools if side == "q" else config.k_pools
-        weight = self._weight(side, x)
-        gate = pool_gate(x, weight, *self._fused(tables), block=config.block, pools=pools)
+        gate = pool_gate(
+            x,
+            self._weight(side, x),
+            *self._fused(tables),
+            block=config.block,
+            pools=pools,
+            cu_seqlens=cu_seqlens,
+            max_rows=max_rows,
+        )
         return self._normed(side, gate, tables)
 
     def _fused(self, tables: _Tables) -> _Tables:
@@ -279,17 +345,22 @@ class AttnGate(nn.Module):
         linear = self.mask_linear_q if side == "q" else self.mask_linear_k
         return linear.weight.to(x.dtype)
 
-    def _check(self, side: str, x: Tensor, positions: Tensor | None = None) -> None:
+    def _check(
+        self, side: str, x: Tensor, positions: Tensor | None = None, *, packed: bool = False
+    ) -> None:
         config = self.config
         heads = config.heads_q if side == "q" else config.heads_kv
-        if x.dim() != 4 or tuple(x.shape[2:]) != (heads, config.head_dim):
+        rank, rows_of = (3, "total") if packed else (4, "batch, rows")
+        if x.dim() != rank or tuple(x.shape[-2:]) != (heads, config.head_dim):
             raise ValueError(
-                f"seer::AttnGate: {side}: expected [batch, rows, {heads}, {config.head_dim}] "
+                f"seer::AttnGate: {side}: expected [{rows_of}, {heads}, {config.head_dim}] "
                 f"(heads, head_dim of the GateConfig), got {list(x.shape)}. Pass {side} before "
                 "RoPE, one row per token."
             )
-        rows = x.shape[1]
-        if positions is not None and (positions.dim() < 1 or positions.shape[-1] != rows):
+        rows = x.shape[rank - 3]
+        if positions is not None and (
+            positions.dim() < 1 or positions.shape[-1] != rows or (packed and positions.dim() > 1)
+        ):
             raise ValueError(
                 f"seer::AttnGate: positions: expected {rows} in the last dimension, got "
                 f"{list(positions.shape)}. Pass one position per row of {side}."
@@ -314,13 +385,15 @@ class AttnGate(nn.Module):
         sink: int = 0,
         local: int = 0,
         dense_last_rows: int = 0,
+        **lengths: Any,
     ) -> BlockMask:
         """The block mask for these q and k: `seer_cuda.gate_mask` with the rule spelled out.
 
-        Arguments q, k, positions and errors as in `seer_cuda.gate_mask`, the others as in
-        `seer_cuda.select.Rule`.
+        Arguments q, k, positions, cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv and errors
+        as in `seer_cuda.gate_mask`, the others as in `seer_cuda.select.Rule`.
         """
-        return gate_mask(q, k, self, Rule(method, value, sink, local, dense_last_rows), positions)
+        rule = Rule(method, value, sink, local, dense_last_rows)
+        return gate_mask(q, k, self, rule, positions, **lengths)
 
     def load_released_state_dict(
         self, state: Mapping[str, Tensor], layer: int | None = None
