@@ -7,7 +7,7 @@ import torch
 from attention import DTYPES
 from test_gate_kl import PeakMemory
 
-from seer_cuda import AttnGate, GateConfig, _gate_math, reference
+from seer_cuda import AttnGate, GateConfig, _gate_math, _gate_pooling, reference
 
 GPU = [pytest.mark.gpu]
 
