@@ -48,10 +48,20 @@ class Packed(NamedTuple):
 
         The queries are the last rows of their sequence, and start at a multiple of the block.
         """
-        lengths = (cu[1:] - cu[:-1] for cu in (self.cu_seqlens_kv, self.cu_seqlens_q))
-        rows_kv, rows_q = lengths
+        rows_kv, rows_q = (cu[1:] - cu[:-1] for cu in (self.cu_seqlens_kv, self.cu_seqlens_q))
         i = torch.arange(self.blocks(block)[0], device=rows_q.device)
         return ((rows_kv - rows_q) // block)[:, None].add(i).clamp(0, limit - 1)
+
+    def tables(
+        self, cos: Tensor, sin: Tensor, block: int
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """From tables of the first blocks of a sequence those of q and of k."""
+        blocks_q, blocks_kv = self.blocks(block)
+        of_k = cos[:blocks_kv], sin[:blocks_kv]
+        if self.cu_seqlens_q is self.cu_seqlens_kv:  # every sequence whole
+            return (cos[:blocks_q], sin[:blocks_q]), of_k
+        at = self.first_blocks(block, cos.shape[0])
+        return (cos[at], sin[at]), of_k
 
     def first_tokens(self, block: int, total_kv: int) -> tuple[Tensor, Tensor]:
         """int64 ``[batch, blocks]`` of q and of KV: the packed KV row at which a block starts."""

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from seer_cuda._checkpoint import released_gate_state
+from seer_cuda._checkpoint import check_gate_state, released_gate_state
 from seer_cuda._contracts import check_gate_alignment
 from seer_cuda._gate_config import GATE_NAMES, GateConfig
+from seer_cuda._gate_layers import GateNorm, HeadLinear
 from seer_cuda._gate_math import norm_rotate
 from seer_cuda._packed import Packed
 from seer_cuda._rope_tables import KeptTables
@@ -30,47 +31,6 @@ if TYPE_CHECKING:
     from seer_cuda.gate_cache import GateKeyCache
 
 _Tables = tuple[Tensor | None, Tensor | None]
-
-
-class HeadLinear(nn.Module):
-    """The weights of one projection per head, ``[heads, in, out]``; applied by `pool_gate`."""
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        std: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.std = std
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws the weights from N(0, std)."""
-        nn.init.normal_(self.weight, std=self.std)
-
-    def extra_repr(self) -> str:
-        heads, width_in, width_out = self.weight.shape
-        return f"heads={heads}, in={width_in}, out={width_out}"
-
-
-class GateNorm(nn.Module):
-    """The weight of an embedding's RMSNorm, ``[gate_dim]``; applied by `AttnGate.embed`."""
-
-    def __init__(
-        self,
-        gate_dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(gate_dim, device=device, dtype=dtype))
-
-    def reset_parameters(self) -> None:
-        """Sets the weight to 1."""
-        nn.init.ones_(self.weight)
 
 
 class AttnGate(nn.Module):
@@ -166,25 +126,6 @@ class AttnGate(nn.Module):
         blocks = first // block, ceil_div(first + rows, block)
         return self._kept_tables.get(self.inv_freq, blocks, block, self._rope_at)
 
-    def _packed_tables(
-        self, positions: Tensor | None, packed: Packed, total_kv: int
-    ) -> tuple[_Tables, _Tables]:
-        """RoPE tables of packed q and k, ``[blocks, w]`` or ``[batch, blocks, w]``."""
-        if self.config.rotary == 0:
-            return (None, None), (None, None)
-        block = self.config.block
-        if positions is not None:
-            at_q, at_k = (positions[at] for at in packed.first_tokens(block, total_kv))
-            return self._rope_at(at_q), self._rope_at(at_k)
-        blocks_q, blocks_kv = packed.blocks(block)
-        most = max(blocks_q, blocks_kv)
-        cos, sin = self._kept_tables.get(self.inv_freq, (0, most), block, self._rope_at)
-        tables_k = cos[:blocks_kv], sin[:blocks_kv]
-        if packed.cu_seqlens_q is packed.cu_seqlens_kv:
-            return (cos[:blocks_q], sin[:blocks_q]), tables_k
-        at = packed.first_blocks(block, most)
-        return (cos[at], sin[at]), tables_k
-
     def embed(
         self,
         q: Tensor,
@@ -227,7 +168,7 @@ class AttnGate(nn.Module):
         self._check("q", q, packed=packed is not None)
         self._check("k", k, positions, packed=packed is not None)
         if packed is not None:
-            tables_q, tables_k = self._packed_tables(positions, packed, k.shape[0])
+            tables_q, tables_k = self._packed_tables(positions, packed)
         else:
             tables_q, tables_k = self._chunk_tables(positions, q.shape[1], k.shape[1])
         if torch.is_grad_enabled():
@@ -251,6 +192,18 @@ class AttnGate(nn.Module):
             *lengths,
         )
         return self._normed("q", q_gate, tables_q), self._normed("k", k_gate, tables_k)
+
+    def _packed_tables(self, positions: Tensor | None, packed: Packed) -> tuple[_Tables, _Tables]:
+        """RoPE tables of packed q and k, ``[blocks, w]`` or ``[batch, blocks, w]``."""
+        block = self.config.block
+        if self.config.rotary == 0:
+            return (None, None), (None, None)
+        if positions is not None:
+            at_q, at_k = (positions[at] for at in packed.first_tokens(block, len(positions)))
+            return self._rope_at(at_q), self._rope_at(at_k)
+        most = max(packed.blocks(block))
+        tables = self._kept_tables.get(self.inv_freq, (0, most), block, self._rope_at)
+        return packed.tables(*tables, block)
 
     def _chunk_tables(
         self, positions: Tensor | None, rows_q: int, rows_kv: int
@@ -416,31 +369,8 @@ class AttnGate(nn.Module):
                 (meta), or the checkpoint is a decode gate of SeerAttention-R.
         """
         own = released_gate_state(state, layer, norms=self.config.qk_norm)
-        expected = self.config.weight_shapes()
-        where = "" if layer is None else f" of layer {layer}"
-        for name, shape in expected.items():
-            if name not in own:
-                raise KeyError(
-                    f"seer::AttnGate: {name}{where}: expected a weight of shape {list(shape)}, got "
-                    f"none among {sorted(own) or 'no keys'}. Check the layer and the key prefix."
-                )
-            if tuple(own[name].shape) != shape:
-                raise ValueError(
-                    f"seer::AttnGate: {name}{where}: expected shape {list(shape)}, got "
-                    f"{list(own[name].shape)}. Set the GateConfig of this checkpoint."
-                )
-            if own[name].is_meta:
-                raise ValueError(
-                    f"seer::AttnGate: {name}{where}: expected values, got a meta tensor. Load the "
-                    "checkpoint onto a device with memory."
-                )
-        extra = sorted(set(own) - set(expected))
-        if extra:
-            mode = "single" if self.config.single_linear else "double"
-            raise KeyError(
-                f"seer::AttnGate: {', '.join(extra)}{where}: expected only {sorted(expected)} in "
-                f"{mode}-linear mode, got more. Set force_double, or use a prefill checkpoint."
-            )
+        shapes = self.config.weight_shapes()
+        check_gate_state(own, shapes, layer, single_linear=self.config.single_linear)
         if any(weight.is_meta for weight in self.parameters()):
             # There is no memory to copy into. Copies, so that training leaves the checkpoint alone.
             dtype = self.mask_linear_k.weight.dtype
