@@ -201,6 +201,38 @@ def test_long_rows(device, rule, seed):
         assert not bits[n, :, i:].any() and not bits[n, ..., words:].any()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+def test_torch_operations(rule, causal, seed):
+    """What runs where no kernel was compiled makes the decisions of the CPU kernels."""
+    case = {"dtype": torch.float32, "heads": (4, 2), "gate_dim": 48, "block": 16}
+    case |= {"lengths": "ragged", "past": 64, "more": 1}
+    q, k, lengths, blocks, _ = packed_gates("cpu", case, seed)
+    kw = {"causal": causal, **blocks}
+    made = ops._gate_scores_torch(q, k, *lengths, **kw)
+    torch.testing.assert_close(made, ops.gate_scores(q, k, *lengths, **kw), rtol=1e-5, atol=1e-5)
+    kw |= RULES[rule] | FORCED["all_forced"]
+    bits = [op(q, k, *lengths, **kw) for op in (ops._gate_select_torch, ops.gate_select)]
+    masks = [reference.unpack_block_bits(x, 32) for x in bits]
+    # Scores of two roundings may fall on two sides of one boundary.
+    assert (masks[0] != masks[1]).sum() <= 1
+
+
+@pytest.mark.parametrize("pools", range(1, 8))
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_torch_pooling(lengths, pools, seed):
+    rows = LENGTHS[lengths]
+    gen = inputs.generator(seed)
+    x = torch.randn(sum(rows), 2, 40, generator=gen)
+    weight = torch.randn(4, 40 * pools.bit_count(), 24, generator=gen)
+    most = max(1, *rows) + 5
+    tables = rope(-(-most // 16), 12, block=16)
+    args = (x, weight, *tables, inputs.packed(rows))
+    kw = {"block": 16, "pools": pools, "max_rows": most}
+    made = ops._pool_gate_torch(*args, **kw)
+    torch.testing.assert_close(made, ops.pool_gate(*args, **kw), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.reduced
 @pytest.mark.parametrize("edges", [[3, 90, 170], [0, 300, 100], [-5, 70, 10**6], [9, 9, 9]])
