@@ -26,13 +26,8 @@ from seer_cuda._version import __version__  # noqa: E402
 from seer_cuda.block_mask import BlockMask  # noqa: E402
 from seer_cuda.gate import AttnGate, GateConfig  # noqa: E402
 from seer_cuda.gate_cache import GateKeyCache  # noqa: E402
-from seer_cuda.ops import (  # noqa: E402
-    attn_pool,
-    block_sparse_attn,
-    gate_scores,
-    gate_select,
-    pool_gate,
-)
+from seer_cuda.gate_ops import gate_scores, gate_select, pool_gate  # noqa: E402
+from seer_cuda.ops import attn_pool, block_sparse_attn  # noqa: E402
 from seer_cuda.prefill import gate_mask, sparse_prefill  # noqa: E402
 from seer_cuda.select import Rule  # noqa: E402
 
