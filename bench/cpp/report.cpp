@@ -17,6 +17,12 @@ std::string fixed(double value, int decimals) {
   return text;
 }
 
+std::string digits(double value) {  // six of them
+  char text[32];
+  std::snprintf(text, sizeof text, "%.6g", value);
+  return text;
+}
+
 // Ratios to what was not measured, and rates of no work, are left empty.
 Field share(const char* name, double rate, double ceiling) {
   return {name, rate > 0.0 && ceiling > 0.0 ? fixed(100.0 * rate / ceiling, 1) : ""};
@@ -141,8 +147,8 @@ Row plan_row(const Case& c, const HostMask& mask) {
   Row row = fields_of(c);
   const Work work = work_of(c, mask);
   if (c.op == Op::kBlockSparseAttn) row.push_back({"kept", fixed(kept_share(c, mask), 4)});
-  row.push_back({"gflop", fixed(1e-9 * work.flop, 3)});
-  row.push_back({"mbytes", fixed(1e-6 * work.bytes, 3)});
+  row.push_back({"gflop", digits(1e-9 * work.flop)});
+  row.push_back({"mbytes", digits(1e-6 * work.bytes)});
   return row;
 }
 
