@@ -55,7 +55,7 @@ struct Sweep {
   std::vector<double> value = {};  // empty: default_value(method)
 };
 
-// The rule's parameter where none is given: threshold 0.002, top_k 64, density 0.1, top_p 0.9.
+// The rule's parameter where none is given: threshold 0.002, topk 64, density 0.1, topp 0.9.
 double default_value(SelectMethod method);
 
 // Every combination, the first lists changing slowest. A case without a mask has density 1 and

@@ -78,9 +78,9 @@ struct Names<PoolReduce> {
 template <>
 struct Names<SelectMethod> {
   static constexpr Named<SelectMethod> kAll[] = {{"threshold", SelectMethod::kThreshold},
-                                                 {"top_k", SelectMethod::kTopK},
+                                                 {"topk", SelectMethod::kTopK},
                                                  {"density", SelectMethod::kDensity},
-                                                 {"top_p", SelectMethod::kTopP}};
+                                                 {"topp", SelectMethod::kTopP}};
 };
 
 // The first name of a value.

@@ -94,17 +94,18 @@ Timing Timer::time(const std::function<void(cudaStream_t)>& launch, Protocol pro
   const double estimate = median_of(round(launch, 1, std::min(3, schedule_.max_launches), l2));
   std::vector<double> all;
   for (int r = 0; r < schedule_.rounds; ++r) {
+    stream_.wait();
+    std::this_thread::sleep_for(std::chrono::duration<double, std::milli>(schedule_.pause_ms));
+    const int most = schedule_.max_launches;
     std::vector<double> ms;
     if (protocol == Protocol::kBurst) {
-      stream_.wait();
-      std::this_thread::sleep_for(std::chrono::duration<double, std::milli>(schedule_.pause_ms));
-      const int most = std::min(kBurstLaunches, schedule_.max_launches);
-      ms = round(launch, 0, launches_within(schedule_.burst_ms, estimate, most), l2);
+      const int few = std::min(kBurstLaunches, most);
+      ms = round(launch, 0, launches_within(schedule_.burst_ms, estimate, few), l2);
     } else {
-      const int warm = static_cast<int>(std::ceil(schedule_.warm_ms / std::max(estimate, 1e-3)));
-      const int fewest = std::min(3, schedule_.max_launches);
-      const int timed = launches_within(schedule_.sustained_ms, estimate, schedule_.max_launches);
-      ms = round(launch, std::max(warm, 1), std::max(timed, fewest), l2);
+      const double warm = std::ceil(schedule_.warm_ms / std::max(estimate, 1e-3));
+      const int timed = launches_within(schedule_.sustained_ms, estimate, most);
+      ms = round(launch, std::max(static_cast<int>(warm), 1), std::max(timed, std::min(3, most)),
+                 l2);
     }
     all.insert(all.end(), ms.begin(), ms.end());
   }

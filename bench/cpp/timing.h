@@ -2,7 +2,7 @@
 // The timing protocol of docs/benchmarks.md, for one contestant.
 //
 //   burst      the first launches after a pause
-//   sustained  launches that follow `warm_ms` of back-to-back launches
+//   sustained  launches that follow, after the pause, `warm_ms` of back-to-back launches
 //
 // A power-bound GPU runs a burst up to 15 % faster: the two must not be compared with each other.
 // Each time is between two events around one launch. Launches are enqueued ahead (a burst behind a
