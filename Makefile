@@ -20,9 +20,9 @@ python := $(VENV)/bin/python
 in_venv := PATH="$(abspath $(VENV))/bin:$$PATH"
 pip_install := $(in_venv) $(python) -m pip --disable-pip-version-check install --quiet
 
-native := $(shell find csrc cmake -type f ! -name '*.pyc') CMakeLists.txt setup.py pyproject.toml
+native := $(shell find csrc cmake bench/cpp examples -type f ! -name '*.pyc') CMakeLists.txt setup.py pyproject.toml
 python_code := seer_cuda python_tests bench tools cmake setup.py
-cpp_code := $(shell find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+cpp_code := $(shell find csrc bench examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test gpu-check bench lint format wheel clean
 .DELETE_ON_ERROR:
@@ -54,7 +54,8 @@ in-place:
 own-python: build = $(shell $(PYTHON) tools/build_dir.py)
 own-python:
 	cmake -S . -B $(build) -G Ninja -DPython_EXECUTABLE="$(gpu_python)" \
-	  -DSEER_ARCHS="$(or $(SEER_ARCHS),80;90a)" -DSEER_CUDA="$(or $(SEER_CUDA),AUTO)" $(CMAKE_ARGS)
+	  -DSEER_ARCHS="$(or $(SEER_ARCHS),80;90a)" -DSEER_CUDA="$(or $(SEER_CUDA),AUTO)" \
+	  -DSEER_TORCH=ON -DSEER_PYTHON=ON $(CMAKE_ARGS)
 	cmake --build $(build) $(if $(MAX_JOBS),-j$(MAX_JOBS))
 	cmake --install $(build) --prefix .
 
@@ -88,7 +89,7 @@ $(VENV)/.stamp-base: tools/setup_env.sh tools/build_requirements.py \
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-base $(native)
 	@echo "== building the package and its tests (compiling the kernels takes minutes)"
-	CMAKE_ARGS="-DSEER_TESTS=ON $$CMAKE_ARGS" $(pip_install) --no-build-isolation -e '.[test]'
+	CMAKE_ARGS="-DSEER_TESTS=ON -DSEER_BENCH=AUTO $$CMAKE_ARGS" $(pip_install) --no-build-isolation -e '.[test]'
 	touch $@
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-base $(native)

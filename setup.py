@@ -45,6 +45,8 @@ class CMakeBuild(build_ext):
         # exports what is not set, means the default.
         options.append(f"-DSEER_ARCHS={os.environ.get('SEER_ARCHS') or '80;90a'}")
         options.append(f"-DSEER_CUDA={os.environ.get('SEER_CUDA') or 'AUTO'}")
+        # The package is these two; what is missing for them is an error here.
+        options += ["-DSEER_TORCH=ON", "-DSEER_PYTHON=ON", "-DSEER_BENCH=OFF"]
         options += os.environ.get("CMAKE_ARGS", "").split()
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
         forget_stale_cache(build)

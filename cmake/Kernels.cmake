@@ -1,14 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # The CUDA kernels: sources, architectures and flags, and the ptxas report.
-set(cutlass_dir "${SEER_CUTLASS_DIR}")
-if(NOT cutlass_dir)
-  python_package_dirs(cutlass_package cutlass_library)
-  set(cutlass_dir "${cutlass_package}/source/include")
-endif()
-if(NOT EXISTS "${cutlass_dir}/cute/tensor.hpp")
-  message(FATAL_ERROR "seer_cuda: CUTLASS headers were not found in '${cutlass_dir}'. "
-                      "Install nvidia-cutlass==4.2.0.0 or set SEER_CUTLASS_DIR.")
-endif()
+include(Cutlass)
 
 # Portable kernels get machine code for every architecture asked for (a Hopper GPU runs them beside
 # 90a's own: sm_90 code spares it a compile from PTX), and PTX of the first, so that newer GPUs run
@@ -66,6 +58,10 @@ if(SEER_SM90_VARIANT_SOURCES)
   target_link_libraries(seer_kernels INTERFACE $<TARGET_OBJECTS:seer_kernels_sm90>)
 endif()
 
+if(NOT Python_Interpreter_FOUND)
+  add_custom_target(seer_resources)  # without Python there is no _core to read them
+  return()
+endif()
 add_custom_command(
   OUTPUT "${resources}" "${CMAKE_CURRENT_BINARY_DIR}/ptxas.json"
   COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas_report.py"

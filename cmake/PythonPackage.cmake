@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # python_package_dirs(OUT PACKAGE): the folders of an installed Python package, without importing
-# it; empty if it is not installed.
+# it; empty if it is not installed, or there is no Python.
 function(python_package_dirs out package)
+  set(${out} "" PARENT_SCOPE)
+  if(NOT Python_Interpreter_FOUND)
+    return()
+  endif()
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -c
 "from importlib.util import find_spec

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# torch_stable: headers and libraries of the installed torch, for the stable ABI only.
+# torch_stable: headers and libraries of the installed torch (torch_dir), for the stable ABI only.
 # find_package(Torch) would demand a CUDA toolkit that matches torch's; a stable-ABI library needs
 # neither that nor C++ ABI flags.
-python_package_dirs(torch_dir torch)
 if(NOT EXISTS "${torch_dir}/include/torch/csrc/stable/ops.h")
   message(FATAL_ERROR "seer_cuda: torch >= 2.11 was not found for ${Python_EXECUTABLE} "
                       "(looked in '${torch_dir}'). Install torch first, then build with "

@@ -5,7 +5,7 @@
 
 - csrc/include: the C++ standard library, cuda_runtime_api.h and its own headers; each compiles
   alone, without torch or CUTLASS on the path.
-- kernels, CPU kernels and C++ tests: never torch, never pybind11.
+- kernels, CPU kernels, C++ tests and bench/cpp: never torch, never pybind11.
 - csrc/torch: of torch only the stable ABI; never CUTLASS, CuTe or device code (.cuh).
 - csrc/python: never torch, never CUTLASS or CuTe.
 """
@@ -46,14 +46,15 @@ def allowed(folder: str, header: str, quoted: bool) -> str:
             return ""
         fine = not TORCH.match(header) and not DEVICE.search(header)
         return "" if fine else "python/ uses pybind11, include/ and std only"
-    return "kernels and tests never see torch or pybind11" if TORCH.match(header) else ""
+    return "kernels, tests and bench/cpp never see torch or pybind11" if TORCH.match(header) else ""
 
 
 def violations() -> list[str]:
     """One line per forbidden #include."""
     found = []
-    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in SUFFIXES and p.is_file()):
-        folder = path.relative_to(CSRC).parts[0]
+    files = [*CSRC.rglob("*"), *(ROOT / "bench" / "cpp").rglob("*")]
+    for path in sorted(p for p in files if p.suffix in SUFFIXES and p.is_file()):
+        folder = path.relative_to(CSRC).parts[0] if path.is_relative_to(CSRC) else "bench"
         for match in INCLUDE.finditer(path.read_text()):
             quoted, header = match[1][0] == '"', match[1][1:-1]
             rule = allowed(folder, header, quoted)
