@@ -270,7 +270,8 @@ def _perplexity(model: nn.Module, tokens: Tensor) -> float:
         for rows, targets in zip(hidden.split(1024), ids[0, 1:].split(1024), strict=True):
             loss = nn.functional.cross_entropy(head(rows).float(), targets, reduction="sum")
             total += loss.item()
-    return math.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1)))
+    mean = total / (tokens.shape[0] * (tokens.shape[1] - 1))
+    return torch.tensor(mean, dtype=torch.float64).exp().item()  # inf where math.exp raises
 
 
 def _model(folder: str, device: str) -> tuple[Any, Any]:
