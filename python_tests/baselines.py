@@ -153,17 +153,22 @@ def attention_grads(q, k, v, grad_out, *, causal=True, scale=None):
     return tuple(x.transpose(1, 2).to(q.dtype) for x in (dq, dk, dv))
 
 
-def attention_grads_error(q, k, v, grad_out, prob, *, scale=None) -> tuple[float, float]:
-    """Bounds of |error| of dQ and dK from the fp32 sums in ``dS = P (dO V^T - rowsum(dO out))``.
+def attention_grads_error(q, k, v, grad_out, base: AttentionBaseline, *, scale=None):
+    """Bounds of |error| of dQ and dK from what ``dS = P (dO V^T - rowsum(dO out))`` subtracts.
 
-    Where the two cancel, as they do for a row that sees one key, nothing else is left. With n =
-    head_dim unrelated terms either is off by ``2^-23 sqrt(n) |dO| |V|``.
+    Where the two cancel, as they do for a row that sees one key, nothing else is left; and a
+    problem of few rows has no other rounding by which a baseline could show it. With n = head_dim
+    unrelated terms either sum is off by ``2^-23 sqrt(n) |dO| |V|`` in fp32, and that of out, which
+    was rounded to its type, by ``ulp / 2 sqrt(sum_d (dO_d out_d)^2)``.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[2] // k.shape[2]
-    size = float(grad_out.double().norm(dim=-1).max() * v.double().norm(dim=-1).max())
-    noise = 2 * EPS32 * math.sqrt(q.shape[-1]) * size * abs(scale)
-    column = prob.double().sum(2).unflatten(1, (k.shape[2], group)).sum(2)  # of P, by KV head
+    sizes = grad_out.double().norm(dim=-1).max() * v.double().norm(dim=-1).max()
+    rounded = (grad_out.double() * base.out.double()).norm(dim=-1).max()
+    noise = 2 * EPS32 * math.sqrt(q.shape[-1]) * float(sizes)
+    noise = abs(scale) * (noise + numerics.ulp(q.dtype) / 2 * float(rounded))
+    column = torch.stack(base.prob).double().sum(2)  # of P, by query head
+    column = column.unflatten(1, (k.shape[2], group)).sum(2)
     return noise * float(k.abs().max()), noise * float(column.max()) * float(q.abs().max())
 
 

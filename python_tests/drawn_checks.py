@@ -158,7 +158,7 @@ def _check_attn_pool_gradient(case: Case) -> None:
     wanted = oracle_grads(lambda *a: reference.attn_pool(*a, **kw)[0], tensors, grad_out)
     plain = baselines.attention_grads(*tensors, grad_out, **kw)
     forward = baselines.attention(*tensors, **kw)
-    noise = baselines.attention_grads_error(*tensors, grad_out, torch.stack(forward.prob))
+    noise = baselines.attention_grads_error(*tensors, grad_out, forward)
     own = dict(zip("qkv", (*noise, 0.0), strict=True))
     for name, grad, want, base in zip("qkv", grads, wanted, plain, strict=True):
         extra = 4 * forward.delta * float(want.abs().max()) + own[name]
