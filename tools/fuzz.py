@@ -67,20 +67,22 @@ class Worker:
     """judge() in a process of its own, started again when a case has ended it."""
 
     def __init__(self, judge=judge, patience: float = PATIENCE):
-        self._judge, self._patience, self._process = judge, patience, None
+        self.patience = patience
+        self._judge, self._process = judge, None
 
     def __call__(self, case: dict[str, Any]) -> str | None:
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=serve, args=(theirs, self._judge), daemon=True)
-            self._process.start()
+            process = context.Process(target=serve, args=(theirs, self._judge), daemon=True)
+            process.start()
             theirs.close()
+            self._process = process
         try:
             self._pipe.send(case)
-            if not self._pipe.poll(self._patience):
+            if not self._pipe.poll(self.patience):
                 self.stop()
-                return f"still running after {self._patience:.0f} s: stopped"
+                return f"still running after {self.patience:.0f} s: stopped"
             found = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join()
