@@ -14,6 +14,7 @@ DENSITIES = (1.0, 0.5, 0.2, 0.1)
 BLOCKS = ((64, 64), (128, 128))
 SHORT, MIDDLE, LONG = 8192, 32768, 131072
 ATTENTION = "block_sparse_attn"
+ATTN_POOL = "attn_pool"  # its cases: bench.pool
 # Operators of the gate and what is made of them (bench.gate).
 GATE_OPS = ("pool_gate", "gate_select", "gate_mask", "sparse_prefill")
 
@@ -25,9 +26,9 @@ class Case:
     `mask` is how the block mask is made (bench.masks): "dense" (no mask at all), "random" (every
     query head has its own), "kv_head" (random, the heads of a GQA group share one) or "structured"
     (sink, local window, stripes); in cases of the gate it is the rule by which the gate selects,
-    and `pools` is what pool_gate pools. `arch` is the kernel family that runs (of the attention,
-    for the gate). Lengths count tokens, `density` is the kept fraction of the causally visible
-    blocks.
+    and `pools` is what pool_gate pools, or what attn_pool's map holds. `arch` is the kernel family
+    that runs (of the attention, for the gate). Lengths count tokens, `density` is the kept fraction
+    of the causally visible blocks.
     """
 
     op: str = ATTENTION
@@ -60,8 +61,8 @@ class Case:
     def name(self) -> str:
         """Short unique name, what `--only` matches, e.g. `sm90-8k-64x64-random-d0.5` or
         `sm90-32k-hd64-noncausal-64x64-dense-d1`: what is not the default stands before the block.
-        Cases of the gate name the operator and how it pools or selects, e.g.
-        `sm90-gate_mask-32k-threshold`.
+        Cases of other operators name it, and how it pools or selects, e.g.
+        `sm90-gate_mask-32k-threshold`, `sm90-attn_pool-32k-max`.
         """
         parts = [self.arch] if self.op == ATTENTION else [self.arch, self.op]
         parts.append(f"{self.rows_q // 1024}k" if self.rows_q % 1024 == 0 else str(self.rows_q))
@@ -71,6 +72,8 @@ class Case:
             parts.append(self.dtype)
         if not self.causal:
             parts.append("noncausal")
+        if self.op == ATTN_POOL and self.block != (64, 64):
+            parts.append("x".join(map(str, self.block)))
         if self.op != ATTENTION:
             kept = [f"d{self.density:g}"] if self.density != 1 else []
             return "-".join([*parts, self.pools or self.mask, *kept])
@@ -116,6 +119,17 @@ def _gate_cases() -> list[Case]:
     return [*cases, case("sparse_prefill", MIDDLE, "density", density=0.1)]
 
 
+def _pool_cases() -> list[Case]:
+    """Dense attention with its block map."""
+
+    def case(rows: int, pools: str = "max", **different: object) -> Case:
+        return _dense(rows, op=ATTN_POOL, pools=pools, **different)
+
+    cases = [case(rows) for rows in (SHORT, MIDDLE, LONG)]
+    cases += [case(MIDDLE, "sum"), case(MIDDLE, "per_token")]
+    return [*cases, case(MIDDLE, block=(128, 128)), case(MIDDLE, head_dim=64)]
+
+
 def all_cases(family: str) -> list[Case]:
     """Every case of the record of a GPU whose default family is `family`, in the order in which
     they run; where that is not the portable family, some are repeated with it at the end.
@@ -134,7 +148,7 @@ def all_cases(family: str) -> list[Case]:
         cases += [_sparse(MIDDLE, density, mask=mask) for density in (0.2, 0.1)]
     cases += [_dense(MIDDLE, head_dim=64), *_by_density(MIDDLE, head_dim=64)]
     cases += [_dense(MIDDLE, dtype="float16"), _sparse(MIDDLE, 0.2, dtype="float16")]
-    cases += _gate_cases()
+    cases += [*_pool_cases(), *_gate_cases()]
 
     cases = [replace(case, arch=family) for case in cases]
     if family != PORTABLE:

@@ -25,7 +25,7 @@ from bench.source import ROOT
 
 README = ROOT / "README.md"
 IMAGES = ROOT / "docs" / "img"
-DRAWING = "2"  # raised when the drawing itself changes
+DRAWING = "3"  # raised when the drawing itself changes
 
 # Operators in the README's order; those with rows in variants.json have compiled CUDA kernels.
 BITS_OPS = ("pack_block_bits", "unpack_block_bits", "block_bits_from_indices")
@@ -54,14 +54,14 @@ THEMES = (
         ink="#1f2328",
         faint="#d1d9e0",
         ours=("#0a66d8", "#6ea8ea"),
-        peers=("#8250df", "#9a6700", "#bf3989", "#1a7f37", "#cf5b00", "#57606a"),
+        peers=("#8250df", "#9a6700", "#bf3989", "#1a7f37", "#cf5b00", "#57606a", "#a40e26"),
     ),
     Theme(
         "dark",
         ink="#e6edf3",
         faint="#3d444d",
         ours=("#58a6ff", "#2f6cb8"),
-        peers=("#bc8cff", "#d29922", "#f778ba", "#56d364", "#ffa657", "#9198a1"),
+        peers=("#bc8cff", "#d29922", "#f778ba", "#56d364", "#ffa657", "#9198a1", "#ff7b72"),
     ),
 )
 
@@ -197,25 +197,13 @@ def _draw_panel(axis, lines: dict, theme: Theme, top: float) -> None:
     axis.tick_params(length=0)
 
 
-def speed_section(record: dict | None) -> str:
-    """README: the figure, the table of sparse attention at the middle length, and the dense one."""
+def figure_section(record: dict | None) -> str:
+    """README: the figure and what it shows."""
     if record is None or not series(record["rows"], BLOCKS[0]):
         return (
             "No GPU record is in [bench/results](bench/results) yet: `make gpu-check` on a GPU "
             "machine writes it, and `python -m bench.figures` puts it here."
         )
-    sparse = report.sparse_table(record["rows"], MIDDLE, BLOCKS)
-    dense = report.dense_table(record["rows"])
-    gate = report.gate_table(record["rows"])
-    if gate:
-        gate = ["", "The gate, and prefill with it in one CUDA graph, in ms:", "", *gate]
-    starred = any(r"\*" in line for line in sparse + dense)
-    note = ["", "\\* host-bound: the time may be that of the host."] if starred else []
-    absent = [
-        report.TITLES[name] for name in record.get("unavailable", ()) if name in report.TITLES
-    ]
-    if absent:
-        note += ["", f"Not installed for this run, so not compared: {', '.join(absent)}."]
     return "\n".join(
         [
             "<picture>",
@@ -226,12 +214,40 @@ def speed_section(record: dict | None) -> str:
             f"TFLOP/s of kept work on an {record['gpu']}, torch {record['torch']}, "
             f"{record['date']}: {report.length(MIDDLE)} tokens, causal, a random mask per head; 32 "
             "query and 8 KV heads of 128, bf16; sustained, peers in the same run.",
+        ]
+    )
+
+
+def speed_section(record: dict | None) -> str:
+    """README: the tables of sparse attention at the middle length, of dense attention, of the map
+    and of the gate."""
+    if record is None or not series(record["rows"], BLOCKS[0]):
+        return "No GPU record yet."
+    sparse = report.sparse_table(record["rows"], MIDDLE, BLOCKS)
+    dense = report.dense_table(record["rows"])
+    gate = report.gate_table(record["rows"])
+    if gate:
+        gate = ["", "The gate, and prefill with it in one CUDA graph, in ms:", "", *gate]
+    pool = report.pool_table(record["rows"])
+    if pool:
+        pool = ["", "`attn_pool`: dense attention that also returns the block map:", "", *pool]
+    starred = any(r"\*" in line for line in sparse + dense)
+    note = ["", "\\* host-bound: the time may be that of the host."] if starred else []
+    absent = [
+        report.TITLES[name] for name in record.get("unavailable", ()) if name in report.TITLES
+    ]
+    if absent:
+        note += ["", f"Not installed for this run, so not compared: {', '.join(absent)}."]
+    return "\n".join(
+        [
+            "Block-sparse attention, TFLOP/s of kept work, as in the figure above:",
             "",
             *sparse,
             "",
             "Without a mask:",
             "",
             *dense,
+            *pool,
             *gate,
             *note,
         ]
@@ -293,6 +309,7 @@ def with_section(text: str, name: str, content: str) -> str:
 
 def generated_readme(text: str, record: dict | None, variants: list[dict]) -> str:
     """README.md as it should be."""
+    text = with_section(text, "figure", figure_section(record))
     text = with_section(text, "speed", speed_section(record))
     return with_section(text, "support", support_section(variants))
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from bench.cases import ATTENTION, case_of
+from bench.cases import ATTENTION, ATTN_POOL, GATE_OPS, case_of
 
 OURS = "seer_cuda"
 # Kernel families, the newest first.
@@ -20,13 +20,14 @@ TITLES = {
     "fa4": "FlashAttention-4",
     "flex": "FlexAttention",
     "cudnn_frontend": "cuDNN frontend BSA",
+    "seer_triton": "SeerAttention (Triton)",
 }
 # Peers of the gate; those of TITLES have colours in the figure.
 GATE_TITLES = {"gate_eager": "eager torch", "gate_compile": "torch.compile"}
 # What the README's tables and figure show of a record; other rows differ in one of these.
-HEADLINE = {"heads_q": 32, "heads_kv": 8, "head_dim": 128, "dtype": "bfloat16"}
+HEADLINE = {"op": ATTENTION, "heads_q": 32, "heads_kv": 8, "head_dim": 128, "dtype": "bfloat16"}
 # What two rows have in common that ask for the same attention but for the mask.
-SHAPE = ("batch", "heads_q", "heads_kv", "head_dim", "rows_q", "rows_kv", "dtype", "causal")
+SHAPE = ("op", "batch", "heads_q", "heads_kv", "head_dim", "rows_q", "rows_kv", "dtype", "causal")
 
 
 def flops_of(row: dict) -> float:
@@ -104,6 +105,10 @@ def row_line(row: dict) -> str:
         of_peers = [f"{name} {peer_tflops(row, name):.0f}" for name in peers]
     else:
         of_peers = [f"{name} {row['peers'][name]:.3f} ms" for name in peers]
+    if "dense_ms" in row:
+        of_peers.append(f"{row['ms'] / row['dense_ms']:.3f}x our dense")
+    if "extra_mb" in row:
+        of_peers.append(f"{row['extra_mb']:.0f} MB beyond the results")
     if share := copy_share(row):
         of_peers.append(f"{share:.0%} of a copy")
     rate = row.get("tflops", row.get("gbps"))
@@ -199,7 +204,7 @@ def dense_table(rows: list[dict]) -> list[str]:
 
 def gate_table(rows: list[dict]) -> list[str]:
     """Times of the gate and of what is made of it; empty without such rows."""
-    chosen = [row for row in rows if row["op"] != ATTENTION]
+    chosen = [row for row in rows if row["op"] in GATE_OPS]
     titles = TITLES | GATE_TITLES
     peers = [name for name in titles if any(name in row["peers"] for row in chosen)]
     header = ["gate", "tokens", "how", "ms", "GB/s", "of a copy", *(titles[name] for name in peers)]
@@ -211,5 +216,30 @@ def gate_table(rows: list[dict]) -> list[str]:
         cells += [f"{row['ms']:.3f}", f"{row['gbps']:.0f}" if "gbps" in row else ""]
         cells.append(f"{share:.0%}" if share else "")
         cells += [f"{row['peers'][name]:.3f}" if name in row["peers"] else "" for name in peers]
+        lines.append(cells)
+    return _table(header, lines) if lines else []
+
+
+def pool_table(rows: list[dict]) -> list[str]:
+    """Times of attn_pool, what the map costs beyond dense attention; empty without such rows."""
+    chosen = [row for row in rows if row["op"] == ATTN_POOL]
+    peers = [name for name in TITLES if any(name in row["peers"] for row in chosen)]
+    header = ["map", "tokens", "ms", "TFLOP/s", "our dense attention", "extra memory"]
+    header += [TITLES[name] + (" (no map)" if name in DENSE_PEERS else "") for name in peers]
+    lines = []
+    for row in chosen:
+        different = [] if row["head_dim"] == 128 else [f"head_dim {row['head_dim']}"]
+        different += [] if row["block"] == [64, 64] else ["x".join(map(str, row["block"]))]
+        cells = [", ".join([f"`{row['pools']}`", *different]), length(row["rows_kv"])]
+        cells += [f"{row['ms']:.2f}", f"{row['tflops']:.0f}"]
+        cells.append(f"{row['ms'] / row['dense_ms']:.2f}x" if "dense_ms" in row else "")
+        cells.append(f"{row['extra_mb']:.0f} MB" if "extra_mb" in row else "")
+        for name in peers:
+            if name not in row["peers"]:
+                cells.append("")
+                continue
+            cell = f"{row['peers'][name]:.2f} ms"
+            extra = row.get("peers_extra_mb", {}).get(name, 0.0)
+            cells.append(cell if name in DENSE_PEERS else f"{cell}, {extra:.0f} MB")
         lines.append(cells)
     return _table(header, lines) if lines else []

@@ -10,15 +10,18 @@ from types import ModuleType
 
 import torch
 
-from bench.cases import ATTENTION, Case
+from bench.cases import ATTENTION, ATTN_POOL, Case
 from bench.gate import GateProblem, captured
 from bench.peers import takes_part
+from bench.pool import PoolProblem, extra_megabytes
 from bench.problem import Problem, check
 from bench.report import DENSE_PEERS, OURS, row_line
 from bench.timing import Clock, Launch, Schedule, measure
 
 # A device copy that is timed beside the gate; not a peer.
 COPY = "copy"
+# Our dense attention, timed beside attn_pool; not a peer either.
+DENSE = "dense"
 
 
 @dataclass
@@ -131,12 +134,36 @@ def _gate_contestants(
     return launches
 
 
+def _pool_contestants(
+    problem: PoolProblem, peers: Iterable[ModuleType], results: Results
+) -> dict[str, Launch]:
+    """The same for attn_pool, with our dense attention beside it."""
+    case = problem.case
+    launches = {OURS: problem.ours(), DENSE: problem.dense()}
+    for launch in launches.values():
+        problem.check(launch())
+    for peer in peers:
+        if not takes_part(peer, case):
+            continue
+        answers = getattr(peer, "answers", lambda same: same)
+        try:
+            launch = peer.build(problem)
+            answers(problem).check(launch())
+            launches[peer.NAME] = launch
+        except Exception as error:  # whatever a peer raises is its own reason, not our end
+            results.failures[f"{case.name}: {peer.NAME}"] = reason_of(error)
+    return launches
+
+
 def _rates(case: Case, work: float, timings: dict) -> dict[str, float]:
     """The rate fields of a row: TFLOP/s of attention, GB/s of what moves bytes, with that of a
     copy of as many bytes in the same run."""
     ms = timings[OURS].ms
-    if case.op in (ATTENTION, "sparse_prefill"):
-        return {"tflops": round(work / ms / 1e9, 1)}
+    if case.op in (ATTENTION, ATTN_POOL, "sparse_prefill"):
+        rates = {"tflops": round(work / ms / 1e9, 1)}
+        if DENSE in timings:
+            rates["dense_ms"] = round(timings[DENSE].ms, 4)
+        return rates
     if not work:
         return {}
     rates = {"gbps": round(work / ms / 1e6, 1)}
@@ -145,11 +172,17 @@ def _rates(case: Case, work: float, timings: dict) -> dict[str, float]:
     return rates
 
 
-def row_of(case: Case, work: float, timings: dict) -> dict:
+def row_of(
+    case: Case, work: float, timings: dict, extra_mb: dict[str, float] | None = None
+) -> dict:
     """A row of the record: the case, our times in ms and our rate (of `work`, FLOP or bytes), the
-    peers' times in ms."""
+    peers' times in ms; where measured, memory beyond the results, in MB."""
     mine = timings[OURS]
-    peers = {name: timing for name, timing in timings.items() if name not in (OURS, COPY)}
+    peers = {name: timing for name, timing in timings.items() if name not in (OURS, COPY, DENSE)}
+    memory = {}
+    if extra_mb:
+        of_peers = {name: round(extra_mb[name], 1) for name in peers}
+        memory = {"extra_mb": round(extra_mb[OURS], 1), "peers_extra_mb": of_peers}
     return {
         "op": case.op,
         "arch": case.arch,
@@ -169,6 +202,7 @@ def row_of(case: Case, work: float, timings: dict) -> dict:
         "ms_burst": round(mine.ms_burst, 4),
         "host_ms": round(mine.host_ms, 4),
         **_rates(case, work, timings),
+        **memory,
         "spread": round(mine.spread, 4),
         "sm_mhz": mine.sm_mhz,
         "peers": {name: round(timing.ms, 4) for name, timing in peers.items()},
@@ -207,9 +241,15 @@ def run_cases(
             results.failures[case.name] = "not measured: out of time"
             continue
         try:
+            extra_mb = None
             if case.op == ATTENTION:
                 problem = Problem.build(case, device)
                 contestants = _contestants(problem, family, usable, results)
+            elif case.op == ATTN_POOL:
+                problem = PoolProblem.build(case, device)
+                contestants = _pool_contestants(problem, usable, results)
+                if torch.device(device).type == "cuda":
+                    extra_mb = {name: extra_megabytes(call) for name, call in contestants.items()}
             else:
                 problem = GateProblem.build(case, device)
                 contestants = _gate_contestants(problem, usable, results)
@@ -218,7 +258,7 @@ def run_cases(
             results.failures[case.name] = reason_of(error)
             say(f"{case.name}: FAILED {reason_of(error)}")
             continue
-        row = row_of(case, problem.work, timings)
+        row = row_of(case, problem.work, timings, extra_mb)
         results.rows.append(row)
         say(row_line(row))
     return results

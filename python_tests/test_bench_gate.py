@@ -133,7 +133,7 @@ def test_who_takes_part():
         "sm90-pool_gate-32k-maxminavg": both,
         "sm90-gate_mask-8k-threshold": {"gate_compile"},
         "sm90-gate_mask-32k-threshold": both,
-        "sm90-gate_mask-128k-threshold": {"gate_compile"},
+        "sm90-gate_mask-128k-threshold": both,
         "sm90-gate_select-128k-threshold": set(),
         "sm90-gate_select-128k-density-d0.1": set(),
         "sm90-sparse_prefill-32k-density-d0.1": {"sdpa_flash", "fa3"},

@@ -53,7 +53,7 @@ def test_headline_rows_stand_beside_the_best_peers(density):
         assert case in all_cases("sm90")
         return {p.NAME for p in all_peers() if p.supports(case) and worth_timing(p.NAME, case)}
 
-    assert timed(density=density) == {"fa4", "flex", "cudnn_frontend"}
+    assert timed(density=density) == {"fa4", "flex", "cudnn_frontend", "seer_triton"}
     assert timed(density=density, block=(128, 128)) == {"fa4", "flex"}
     dense = {"sdpa_flash", "sdpa_cudnn", "fa3", "fa4"}
     assert timed(mask="dense") == dense

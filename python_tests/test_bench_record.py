@@ -329,7 +329,8 @@ VARIANTS = [
 
 def test_generated_readme_is_stable_and_complete(sample):
     bare = "# x\n" + "\n".join(
-        f"<!-- generated: {name} -->\n<!-- end: {name} -->" for name in ("speed", "support")
+        f"<!-- generated: {name} -->\n<!-- end: {name} -->"
+        for name in ("figure", "speed", "support")
     )
     text = figures.generated_readme(bare, sample, VARIANTS)
     assert figures.generated_readme(text, sample, VARIANTS) == text
@@ -346,7 +347,9 @@ def test_stale_names_what_is_out_of_date(sample, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     readme = tmp_path / "README.md"
     readme.write_text(
-        "".join(f"<!-- generated: {n} -->\n<!-- end: {n} -->\n" for n in ("speed", "support"))
+        "".join(
+            f"<!-- generated: {n} -->\n<!-- end: {n} -->\n" for n in ("figure", "speed", "support")
+        )
     )
     monkeypatch.setattr(figures, "ROOT", tmp_path)
     monkeypatch.setattr(figures, "README", readme)

@@ -7,7 +7,7 @@
 - supports(case) -> whether it can do this case's work;
 - build(problem) -> a function without arguments that computes and returns
   out [batch, rows_q, heads_q, head_dim] (a view of another layout is fine), in cases of the gate
-  what bench.gate.GateProblem.check takes;
+  what bench.gate.GateProblem.check takes, in those of attn_pool (out, map) or out alone;
 - answers(problem), optional -> the problem it is judged by, where it solves a variation of it.
 
 Nothing but the launch itself belongs into the returned function: index lists and the like are
@@ -29,9 +29,10 @@ LIMITED_TO = {
     "sdpa_flash": ("*-8k-64x64-dense-*", "*-32k-64x64-dense-*", "*-sparse_prefill-*"),
     "sdpa_cudnn": ("*-8k-*", "*-32k-*"),
     "fa4": ("*k-64x64-dense-*", "*k-64x64-random-*", "*k-128x128-*", "*-noncausal-*", "*-hd64-*"),
+    "seer_triton": ("*-32k-64x64-random-*", "*-attn_pool-8k-*", "*-attn_pool-32k-*"),
     "flex": ("*-32k-64x64-random-*", "*-32k-128x128-random-*"),
     "cudnn_frontend": ("*k-64x64-*", "*-hd64-*"),
-    "gate_eager": ("*-32k-*",),
+    "gate_eager": ("*-32k-*", "*-gate_mask-128k-*"),
 }
 
 
@@ -46,9 +47,10 @@ def all_peers() -> list[ModuleType]:
         gate_eager,
         sdpa_cudnn,
         sdpa_flash,
+        seer_triton,
     )
 
-    attention = [sdpa_flash, sdpa_cudnn, fa3, fa4, flex, cudnn_frontend]
+    attention = [sdpa_flash, sdpa_cudnn, fa3, fa4, flex, cudnn_frontend, seer_triton]
     return [*attention, gate_eager, gate_compile]
 
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import torch
 
-from bench.cases import ATTENTION, Case
+from bench.cases import ATTENTION, ATTN_POOL, Case
 from bench.problem import Problem
 
 NAME = "fa3"
-OPS = (ATTENTION, "sparse_prefill")
+OPS = (ATTENTION, ATTN_POOL, "sparse_prefill")
 
 
 def available() -> str:
@@ -32,7 +32,8 @@ def available() -> str:
 
 
 def supports(case: Case) -> bool:
-    """Dense attention, causal or not; also as what a gate's whole pipeline replaces."""
+    """Dense attention, causal or not; also beside attn_pool, without the map, and as what a gate's
+    whole pipeline replaces."""
     return case.mask == "dense" or case.op == "sparse_prefill"
 
 
