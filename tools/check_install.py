@@ -22,6 +22,7 @@ from pathlib import Path
 # tests.
 CALLS = """
 import json, sys, torch, seer_cuda
+from seer_cuda import info
 from seer_cuda import reference as ref
 assert not seer_cuda.__file__.startswith(sys.argv[1]), seer_cuda.__file__
 ops, ran = torch.ops.seer, []
@@ -47,7 +48,7 @@ for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
     rule = seer_cuda.Rule("topk", 2, local=1)
     seer_cuda.sparse_prefill(q, k, v, q, k, gate, rule)  # gate_select inside
     ran.append(device)
-about = seer_cuda.info.collect()
+about = info.collect()
 print(json.dumps({"ran": ran, "torch": torch.__version__, "core": about["build"] is not None}))
 """
 
@@ -79,7 +80,8 @@ def attempt(python: str, torch: str, wheel: Path, folder: Path) -> tuple[bool, s
     ):
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
-            return False, f"{' '.join(command[:6])} ...\n{done.stdout}{done.stderr}"
+            what = "calling the operators" if CALLS in command else " ".join(command)
+            return False, f"{what}:\n{done.stdout}{done.stderr}"
     return True, done.stdout.strip().splitlines()[-1]
 
 
