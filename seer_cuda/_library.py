@@ -47,7 +47,8 @@ def load_ops() -> Path:
         f"{LIBRARY_VARIABLE} names a library that lies elsewhere."
     )
     if not path.is_file():
-        if path.parents[1].joinpath("CMakeLists.txt").is_file():
+        here = Path(__file__).parent
+        if path.parent == here and here.with_name("CMakeLists.txt").is_file():
             build += " If it is installed already, start Python in another folder: this checkout's "
             build += "seer_cuda comes before the installed one."
         raise ImportError(f"seer_cuda: expected the operator library at {path}. {found} {build}")
@@ -72,10 +73,9 @@ def load_for_package() -> None:
 
 
 def _is_command() -> bool:
-    # While `python -m` imports the package, argv[0] is "-m" and only orig_argv has the name.
+    # While `python -m` imports the package, argv[0] is "-m", and only orig_argv has the name.
     if sys.argv[:1] == ["-m"]:
-        options = sys.orig_argv
-        return options[options.index("-m") + 1] == "seer_cuda"
+        return "seer_cuda" in sys.orig_argv
     return Path(sys.argv[0]).name == "seer-cuda" if sys.argv else False
 
 
