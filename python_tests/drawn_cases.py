@@ -130,7 +130,8 @@ def _attention(source: Source, device: str, most: int) -> Case:
         lengths = [_two_lengths(source, most)] * source.between(1, 3)
     case["packed"] = "slack" in case
     case["rows_q"], case["rows_kv"] = ([pair[n] for pair in lengths] for n in (0, 1))
-    if case["arch"] and not case["packed"] and min(*case["rows_q"], *case["rows_kv"]) == 0:
+    slack = case.get("slack", 0)
+    if any(sum(case[rows]) + slack == 0 for rows in ("rows_q", "rows_kv")):
         case["arch"] = 0  # a family asked for by name may refuse empty tensors
     return case
 

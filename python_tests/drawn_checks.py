@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds a case of drawn_cases, runs it, and judges it against the float64 oracle.
 
-Every case runs twice: the second result must have the bits of the first.
+Every forward runs twice: the second result must have the bits of the first.
 """
 
 import math
@@ -154,7 +154,8 @@ def _check_attn_pool_gradient(case: Case) -> None:
     grad_out = torch.randn(tensors[0].shape, generator=gen).to(case["device"], dtype)
     kw = {"causal": case["causal"]}
     blocks = {"block_q": case["block_q"], "block_kv": case["block_kv"]}
-    grads = twice(op_grads, lambda *a: pool_op(*a, **kw, **blocks)[0], tensors, grad_out)
+    # Once: torch's backward kernel does not promise the same bits twice (_flash_backward.py).
+    grads = op_grads(lambda *a: pool_op(*a, **kw, **blocks)[0], tensors, grad_out)
     wanted = oracle_grads(lambda *a: reference.attn_pool(*a, **kw)[0], tensors, grad_out)
     plain = baselines.attention_grads(*tensors, grad_out, **kw)
     forward = baselines.attention(*tensors, **kw)
