@@ -371,3 +371,15 @@ def test_mixed_devices():
         with pytest.raises(RuntimeError) as error:
             ops.block_sparse_attn(**(gpu | {name: gpu[name].cpu()}))
         assert_contract_text(error, "block_sparse_attn", name)
+
+
+def test_no_memory_for_the_results():
+    """More than any machine addresses: an exception that says what was wanted, and where."""
+    q = torch.zeros(1, 1, 1, 8).expand(1, 2**31 - 1, 100_000, 8)
+    lists = torch.zeros(100_000, 0, dtype=torch.int32)
+    for call in (
+        lambda: ops.block_sparse_attn(q, q[:, :1, :1], q[:, :1, :1]),
+        lambda: ops.block_bits_from_indices(lists, lists.sum(-1, dtype=torch.int32), 2**31 - 1),
+    ):
+        with pytest.raises(RuntimeError, match=r"expected memory for .+ on cpu, got none\. Free"):
+            call()

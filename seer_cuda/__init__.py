@@ -14,7 +14,7 @@ shapes, gradients and, for ops without a compiled CUDA kernel, a CUDA implementa
 # isort: off
 from seer_cuda import _library
 
-_library.load_ops()
+_library.load_for_package()
 
 # Each import registers something with torch.ops.seer, which exists from here on.
 from seer_cuda import _autograd, _composite, _fake  # noqa: E402, F401

@@ -335,7 +335,8 @@ def _perplexity(model: nn.Module, tokens: Tensor) -> float:
         ):
             loss = nn.functional.cross_entropy(head(rows).float(), targets, reduction="sum")
             total += loss.item()
-    return math.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1)))
+    mean = total / (tokens.shape[0] * (tokens.shape[1] - 1))
+    return torch.tensor(mean, dtype=torch.float64).exp().item()  # inf where math.exp raises
 
 
 def open_model(folder: str, device: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
