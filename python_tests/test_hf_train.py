@@ -128,61 +128,6 @@ def test_accumulation_is_a_larger_batch(folders, tmp_path):
     assert [float(x) for x in a[1:4]] == pytest.approx([float(x) for x in b[1:4]], rel=1e-4)
 
 
-def language_column(folder):
-    return [row[5] for row in csv.reader((folder / "log.csv").open())][1:]
-
-
-def test_train_all_trains_the_model_too(folders, tmp_path, capsys):
-    """Model and gates learn, a killed run loses nothing, and eval takes what was saved."""
-    from transformers import AutoModelForCausalLM
-
-    more = ["--train-all", "--model-lr", "3e-3", "--save-every", "2"]
-    assert distill(folders, tmp_path / "a", *more) == 0
-    assert "  language " in capsys.readouterr().out
-    language = [float(loss) for loss in language_column(tmp_path / "a")]
-    assert language[-1] < language[0] - 0.05
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(path).state_dict()
-        for path in (folders / "model", tmp_path / "a" / "model")
-    )
-    assert before.keys() == after.keys()
-    assert not any(torch.equal(before[name], after[name]) for name in before)
-    # The first step's losses are those of the untouched model.
-    ids = _train.load(folders / "text", _train.open_model(str(folders / "model"), "cpu")[1])
-    windows = ids.sample(4, 160, 0, 0)
-    model = AutoModelForCausalLM.from_pretrained(folders / "model")
-    want = model(windows, labels=windows).loss.item()
-    assert language[0] == pytest.approx(want, rel=1e-4)
-    common = ["--model", tmp_path / "a" / "model", "--gates", tmp_path / "a"]
-    common = [*map(str, common), "--text", str(folders / "text"), "--context", "300"]
-    assert cli.main(["eval", *common, "--windows", "1", "--device", "cpu"]) == 0
-
-
-def test_a_killed_run_of_all_weights_loses_nothing(folders, tmp_path, monkeypatch):
-    more = ["--train-all", "--model-lr", "3e-3", "--save-every", "2"]
-    assert distill(folders, tmp_path / "whole", *more) == 0
-    step = _train._step
-
-    def killed(model, corpus, options, at, device):
-        if at == 3:
-            raise KeyboardInterrupt
-        return step(model, corpus, options, at, device)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_train, "_step", killed)
-        assert distill(folders, tmp_path / "part", *more) == cli.INTERRUPTED
-    assert distill(folders, tmp_path / "part", *more) == 0
-    assert language_column(tmp_path / "part") == language_column(tmp_path / "whole")
-    for name in ("attn_gate_weights.safetensors", "model/model.safetensors"):
-        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert distill(folders, tmp_path / "part", "--save-every", "2") == cli.USAGE
-
-
-def test_gates_alone_leave_the_model_and_its_column_alone(folders, tmp_path):
-    assert distill(folders, tmp_path / "a", "--steps", "1") == 0
-    assert language_column(tmp_path / "a") == [""] and not (tmp_path / "a" / "model").exists()
-
-
 def test_the_rate_rises_and_falls(folders):
     options = _train.Distill("m", "t", "o", steps=100, warm_up=10, lr=1.0)
     rates = [_train.learning_rate(step, options) for step in range(100)]

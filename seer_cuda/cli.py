@@ -81,12 +81,6 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--steps", type=int, default=500, metavar="N")
     command.add_argument("--lr", type=float, default=1e-3)
     command.add_argument("--warm-up", type=int, default=20, metavar="N", help="steps")
-    command.add_argument(
-        "--train-all",
-        action="store_true",
-        help="the model learns too, from its language loss; it goes to DIR/model of --out",
-    )
-    command.add_argument("--model-lr", type=float, default=1e-5, help="of the model (--train-all)")
     command.add_argument("--save-every", type=int, default=25, metavar="N", help="steps")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

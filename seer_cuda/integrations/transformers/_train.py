@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from seer_cuda.integrations.transformers._attach import (
     attach,
     configure,
-    detach,
     gate_loss,
     gate_parameters,
     gates,
@@ -29,31 +27,15 @@ from seer_cuda.integrations.transformers._corpus import Corpus, RunError, load
 from seer_cuda.integrations.transformers._files import load_gates, save_gates
 from seer_cuda.select import Rule
 
-CHECKPOINT, LOG, MODEL = "checkpoint.pt", "log.csv", "model"
-_COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "language_loss", "seconds")
+CHECKPOINT, LOG = "checkpoint.pt", "log.csv"
+_COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "seconds")
 # What a run that goes on may not change: it would be another run.
-_FIXED = (
-    "model",
-    "text",
-    "context",
-    "batch",
-    "accumulate",
-    "steps",
-    "lr",
-    "warm_up",
-    "seed",
-    "train_all",
-    "model_lr",
-)
-_HEAD_ROWS = 1024  # logits at a time: those of all tokens would take gigabytes
+_FIXED = ("model", "text", "context", "batch", "accumulate", "steps", "lr", "warm_up", "seed")
 
 
 @dataclass(frozen=True)
 class Distill:
-    """Options of a training run; those of the reference's recipe are lr, warm_up and the loss.
-
-    With train_all the model's weights learn too, at model_lr, from the loss of the language model.
-    """
+    """Options of a training run; those of the reference's recipe are lr, warm_up and the loss."""
 
     model: str
     text: str
@@ -67,8 +49,6 @@ class Distill:
     seed: int = 0
     save_every: int = 25
     device: str = "auto"
-    train_all: bool = False
-    model_lr: float = 1e-5
 
     def __post_init__(self) -> None:
         for name in ("context", "batch", "accumulate", "steps", "save_every"):
@@ -77,11 +57,10 @@ class Distill:
                 raise RunError(f"--{option}: expected at least 1, got {getattr(self, name)}.")
 
 
-def learning_rate(step: int, options: Distill, peak: float | None = None) -> float:
-    """Linear warm-up, then half a cosine down to 0; peak: default options.lr."""
+def learning_rate(step: int, options: Distill) -> float:
+    """Linear warm-up, then half a cosine down to 0."""
     rise = min(1.0, (step + 1) / max(1, options.warm_up))
-    peak = options.lr if peak is None else peak
-    return peak * rise * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+    return options.lr * rise * 0.5 * (1 + math.cos(math.pi * step / options.steps))
 
 
 def distill(options: Distill) -> Path:
@@ -92,7 +71,7 @@ def distill(options: Distill) -> Path:
     is replaced as a whole, and the data follow from seed and step.
 
     Returns:
-        The file of the gates' weights. With train_all the model is in ``model`` beside it.
+        The file of the weights.
 
     Raises:
         RunError: options that cannot be used, or that differ from those of the run in the folder.
@@ -102,9 +81,7 @@ def distill(options: Distill) -> Path:
             f"--out: expected another folder than --model, whose config.json gates would replace, "
             f"got {options.out}."
         )
-    # Steps at 1e-5 are lost in bf16 weights: where the model learns, they are fp32 under autocast.
-    dtype = torch.float32 if options.train_all else None
-    model, tokenizer = open_model(options.model, options.device, dtype)
+    model, tokenizer = open_model(options.model, options.device)
     corpus = load(Path(options.text), tokenizer)
     attach(model, SeerConfig("distilling"), dtype=torch.float32)
     torch.manual_seed(options.seed)
@@ -112,14 +89,7 @@ def distill(options: Distill) -> Path:
         for module in gate.children():
             module.reset_parameters()
     weights = list(gate_parameters(model))
-    groups = [{"params": weights, "peak": options.lr}]
-    if options.train_all:
-        own = {id(weight) for weight in weights}
-        rest = [weight for weight in model.parameters() if id(weight) not in own]
-        for weight in rest:
-            weight.requires_grad_(True)
-        groups.append({"params": rest, "peak": options.model_lr})
-    optimiser = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(weights, lr=options.lr, weight_decay=0.0)
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     fixed = _fixed(options) | {"tokens": corpus.digest()}
@@ -130,73 +100,43 @@ def distill(options: Distill) -> Path:
     began = time.monotonic() - log.seconds
     try:
         for step in range(begin, options.steps):
-            loss, language = _step(model, corpus, options, step, device)
-            norms = []
+            loss = _step(model, corpus, options, step, device)
+            norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
+            _check_finite("gradient", norm, step)
+            rate = learning_rate(step, options)
             for group in optimiser.param_groups:
-                norms.append(nn.utils.clip_grad_norm_(group["params"], 1.0).item())
-                _check_finite("gradient", norms[-1], step)
-                group["lr"] = learning_rate(step, options, group["peak"])
+                group["lr"] = rate
             optimiser.step()
             optimiser.zero_grad()
             done, seconds = step + 1, time.monotonic() - began
             tokens = done * options.accumulate * options.batch * options.context
-            rate = learning_rate(step, options)
-            row = (done, f"{loss:.6g}", f"{rate:.6g}", f"{norms[0]:.6g}", tokens)
-            log.row(*row, f"{language:.6g}" if options.train_all else "", f"{seconds:.1f}")
+            log.row(done, f"{loss:.6g}", f"{rate:.6g}", f"{norm:.6g}", tokens, f"{seconds:.1f}")
             left = seconds / done * (options.steps - done)
-            also = f"  language {language:.4f}" if options.train_all else ""
-            print(
-                f"step {done}/{options.steps}  loss {loss:.5f}{also}  {left:.0f} s left", flush=True
-            )
+            print(f"step {done}/{options.steps}  loss {loss:.5f}  {left:.0f} s left", flush=True)
             if done % options.save_every == 0 or done == options.steps:
                 _save(folder, fixed, model, optimiser, done)
     finally:
         log.close()
     configure(model, mode="sparse")
-    path = save_gates(model, folder)
-    if options.train_all:
-        detach(model)
-        tokenizer.save_pretrained(folder / MODEL)
-        model.save_pretrained(folder / MODEL)
-    return path
+    return save_gates(model, folder)
 
 
 def _step(
     model: nn.Module, corpus: Corpus, options: Distill, step: int, device: torch.device
-) -> tuple[float, float]:
-    """Gradients of one step; the mean losses of gates and language model (0 where it is frozen)."""
+) -> float:
+    """Gradients of one step; its mean loss, read once."""
     count = options.batch * options.accumulate
     windows = corpus.sample(count, options.context, options.seed, step).to(device)
-    total = torch.zeros(2, device=device)
-    mixed = options.train_all and device.type == "cuda"
+    total = torch.zeros((), device=device)
     for part in windows.split(options.batch):
-        losses = []
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            if options.train_all:
-                losses.append(_language_loss(model, part))
-            else:
-                # The head is of no use here: its logits of all tokens would be the largest tensor.
-                model(part, use_cache=False, logits_to_keep=1)
-            losses.insert(0, gate_loss(model))
-        losses = torch.stack(losses) / options.accumulate
-        losses.sum().backward()
-        total[: len(losses)] += losses.detach()
-    gate, language = total.tolist()
-    _check_finite("loss", gate + language, step)
-    return gate, language
-
-
-def _language_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean nats of all tokens but the first of each window; logits are made twice, never kept."""
-    hidden = model.base_model(tokens, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    wanted, head = tokens[:, 1:].flatten(), model.get_output_embeddings()
-
-    def loss(rows: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(head(rows).float(), targets, reduction="sum")
-
-    parts = zip(hidden.split(_HEAD_ROWS), wanted.split(_HEAD_ROWS), strict=True)
-    total = [checkpoint(loss, rows, targets, use_reentrant=False) for rows, targets in parts]
-    return torch.stack(total).sum() / wanted.numel()
+        # The head is of no use here: its logits of all tokens would be the largest tensor.
+        model(part, use_cache=False, logits_to_keep=1)
+        loss = gate_loss(model) / options.accumulate
+        loss.backward()
+        total += loss.detach()
+    value = total.item()
+    _check_finite("loss", value, step)
+    return value
 
 
 def _check_finite(name: str, value: float, step: int) -> None:
@@ -221,8 +161,6 @@ def _save(
         "gates": [gate.state_dict() for gate in gates(model)],
         "optimiser": optimiser.state_dict(),
     }
-    if fixed["train_all"]:
-        state["model"] = model.state_dict()
     part = folder / f".{CHECKPOINT}.part"
     with part.open("wb") as file:
         torch.save(state, file)
@@ -251,8 +189,6 @@ def _resume(
             )
     for gate, weights in zip(gates(model), state["gates"], strict=True):
         gate.load_state_dict(weights)
-    if fixed["train_all"]:
-        model.load_state_dict(state["model"])
     optimiser.load_state_dict(state["optimiser"])
     print(f"going on after step {state['step']} of {folder / CHECKPOINT}", flush=True)
     return state["step"]
@@ -330,17 +266,16 @@ def _perplexity(model: nn.Module, tokens: Tensor) -> float:
     for window in tokens:
         ids = window[None].to(head.weight.device)
         hidden = model.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
-        for rows, targets in zip(
-            hidden.split(_HEAD_ROWS), ids[0, 1:].split(_HEAD_ROWS), strict=True
-        ):
+        # Logits of all tokens at once take gigabytes.
+        for rows, targets in zip(hidden.split(1024), ids[0, 1:].split(1024), strict=True):
             loss = nn.functional.cross_entropy(head(rows).float(), targets, reduction="sum")
             total += loss.item()
     mean = total / (tokens.shape[0] * (tokens.shape[1] - 1))
     return torch.tensor(mean, dtype=torch.float64).exp().item()  # inf where math.exp raises
 
 
-def open_model(folder: str, device: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """A local model, by default bf16 on a GPU, and its tokenizer."""
+def open_model(folder: str, device: str) -> tuple[Any, Any]:
+    """A local model, bf16 on a GPU, and its tokenizer."""
     if not Path(folder, "config.json").is_file():
         raise RunError(
             f"--model: expected a folder with a transformers model, got {folder}. Download one "
@@ -354,11 +289,11 @@ def open_model(folder: str, device: str, dtype: torch.dtype | None = None) -> tu
 
     transformers.utils.logging.disable_progress_bar()
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    kind = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
+    dtype = {name: torch.bfloat16 if device == "cuda" else torch.float32}
     load_model = transformers.AutoModelForCausalLM.from_pretrained
     load_tokenizer = transformers.AutoTokenizer.from_pretrained
     try:
-        model = load_model(folder, local_files_only=True, **{name: kind})
+        model = load_model(folder, local_files_only=True, **dtype)
         tokenizer = load_tokenizer(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
