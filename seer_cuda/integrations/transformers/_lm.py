@@ -45,6 +45,13 @@ def _summed(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(head(rows).float(), targets, reduction="sum")
 
 
+def keep_less(model: Any) -> None:
+    """Layers keep their input only and are computed again in backward."""
+    # transformers 5 has another name for it.
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 @contextmanager
 def same_bits(device: torch.device) -> Iterator[None]:
     """Gradients of a model that come out the same bit for bit when a step is done again.

@@ -27,7 +27,7 @@ from seer_cuda.integrations.transformers._attach import (
 from seer_cuda.integrations.transformers._config import SeerConfig
 from seer_cuda.integrations.transformers._corpus import Corpus, RunError, load, option
 from seer_cuda.integrations.transformers._files import WEIGHTS, load_gates, save_gates
-from seer_cuda.integrations.transformers._lm import lm_loss, same_bits, save_model
+from seer_cuda.integrations.transformers._lm import keep_less, lm_loss, same_bits, save_model
 from seer_cuda.integrations.transformers._log import Log, check_tensorboard
 from seer_cuda.integrations.transformers._ranks import Ranks, joined
 from seer_cuda.select import Rule
@@ -153,7 +153,7 @@ def _run(options: Distill, folder: Path, ranks: Ranks) -> Path:
         print(f"going on after step {begin} of {folder / checkpoint.FILE}", flush=True)
     model.train()
     if options.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        keep_less(model)
     parts = ("lm_loss", "gate_loss") if options.train_all else ()
     columns = ("step", "loss", *parts, *options.peaks, "grad_norm", "tokens", "seconds")
     log = None
