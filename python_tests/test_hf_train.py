@@ -1,47 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m seer_cuda distill and eval: a run, a run that is killed, what is refused."""
 
-import csv
-
 import numpy as np
 import pytest
 import torch
 from hf_models import make_model
+from hf_runs import distill, make_folders, rows
 
 from seer_cuda import cli
 
 pytest.importorskip("transformers")
 
-from seer_cuda.integrations.transformers import _train
-
-SMALL = ["--context", "160", "--batch", "2", "--accumulate", "2", "--steps", "6", "--warm-up", "2"]
+from seer_cuda.integrations.transformers import _log, _train
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A local model with a tokenizer of bytes, and text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    root = tmp_path_factory.mktemp("hf")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: at for at, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(root / "model")
-    make_model("qwen3", vocab_size=256).save_pretrained(root / "model")
-    (root / "text").mkdir()
-    (root / "text" / "a.txt").write_text("\n".join(f"{n} squared is {n * n}." for n in range(400)))
-    (root / "text" / "b.bin").write_bytes(b"\xff\xfe\x00")
-    return root
-
-
-def distill(folders, out, *more):
-    paths = ["--model", folders / "model", "--text", folders / "text", "--out", out]
-    return cli.main(["distill", *map(str, paths), *SMALL, "--device", "cpu", *more])
-
-
-def rows(folder):
-    return [row[:5] for row in csv.reader((folder / "log.csv").open())]
+    return make_folders(tmp_path_factory.mktemp("hf"))
 
 
 def test_a_run_and_its_evaluation(folders, tmp_path, capsys):
@@ -67,10 +42,10 @@ def test_a_killed_run_loses_nothing(after, folders, tmp_path, monkeypatch, capsy
     assert distill(folders, tmp_path / "whole", "--save-every", "2") == 0
     step = _train._step
 
-    def killed(model, corpus, options, at, device):
+    def killed(model, corpus, options, at, *more):
         if at == after:
             raise KeyboardInterrupt
-        return step(model, corpus, options, at, device)
+        return step(model, corpus, options, at, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(_train, "_step", killed)
@@ -89,7 +64,8 @@ def test_the_log_is_whole_while_the_first_step_runs(folders, tmp_path, monkeypat
     """A kill that runs no clean-up finds the rows of the run before."""
     assert distill(folders, tmp_path / "a", "--save-every", "2") == 0
     before = (tmp_path / "a" / "log.csv").read_text().splitlines()
-    log = _train._Log(tmp_path / "a" / "log.csv", 4)
+    columns = before[0].split(",")
+    log = _log.Log(tmp_path / "a" / "log.csv", columns, 4, 6)
     assert (tmp_path / "a" / "log.csv").read_text().splitlines() == before[:5]
     log.close()
 
@@ -129,8 +105,8 @@ def test_accumulation_is_a_larger_batch(folders, tmp_path):
 
 
 def test_the_rate_rises_and_falls(folders):
-    options = _train.Distill("m", "t", "o", steps=100, warm_up=10, lr=1.0)
-    rates = [_train.learning_rate(step, options) for step in range(100)]
+    options = _train.Distill("m", "t", "o", steps=100, warm_up=10)
+    rates = [_train.schedule(step, options) for step in range(100)]
     assert rates[0] < 0.11 and max(rates) > 0.95 and rates[-1] < 1e-3
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
 

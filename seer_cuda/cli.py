@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,8 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
         "distill",
         help="train gates for a local Hugging Face model",
         description="Trains a gate for each layer of a local transformers model on local text and "
-        "saves them in the released format. Started again, a run that was killed goes on.",
+        "saves them in the released format; with --train-all the model too. Started again, a run "
+        "that was killed goes on. Under torchrun, processes share the batches of a step.",
     )
     command.add_argument("--model", required=True, metavar="DIR", help="the model's folder")
     command.add_argument("--text", required=True, metavar="PATH", help="a text file or a folder")
@@ -79,11 +81,26 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--batch", type=int, default=1, metavar="N", help="windows at a time")
     command.add_argument("--accumulate", type=int, default=16, metavar="N", help="batches a step")
     command.add_argument("--steps", type=int, default=500, metavar="N")
-    command.add_argument("--lr", type=float, default=1e-3)
+    command.add_argument("--lr", type=float, default=1e-3, help="of the gates")
     command.add_argument("--warm-up", type=int, default=20, metavar="N", help="steps")
     command.add_argument("--save-every", type=int, default=25, metavar="N", help="steps")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--gates", metavar="DIR", help="gates to begin with (default: new ones)")
+    command.add_argument("--tensorboard", metavar="DIR", help="events for TensorBoard")
+    joint = command.add_argument_group("training the model too")
+    joint.add_argument(
+        "--train-all",
+        action="store_true",
+        help="loss: next token plus gates; the model is saved as model/ in --out",
+    )
+    # Left out, they have the defaults of `Distill`, which refuses them without --train-all.
+    own = {"type": float, "default": argparse.SUPPRESS}
+    joint.add_argument("--model-lr", **own, help="of the model's weights (default: 1e-5)")
+    joint.add_argument("--gate-scale", **own, help="factor on the gates' loss (default: 10)")
+    joint.add_argument(
+        "--checkpointing", action="store_true", help="less memory, layers computed twice"
+    )
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
@@ -168,11 +185,15 @@ def _demo(options: argparse.Namespace) -> int:
 def _distill(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("transformers") is None:
         return _fail("distill needs transformers: pip install 'seer_cuda[hf]'", MISSING)
-    from seer_cuda.integrations.transformers._train import Distill, distill
+    from seer_cuda.integrations.transformers._train import MODEL, Distill, distill
 
     chosen = {name: value for name, value in vars(options).items() if name != "command"}
     try:
-        print(f"gates: {distill(Distill(**chosen))}")
+        path = distill(Distill(**chosen))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"gates: {path}")
+            if options.train_all:
+                print(f"model: {path.parent / MODEL}")
     except ImportError as error:
         return _fail(str(error), MISSING)
     except ValueError as error:

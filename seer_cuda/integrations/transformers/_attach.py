@@ -157,26 +157,31 @@ def observe(model: nn.Module, observer: Callable[[int, BlockMask], None] | None)
 
 
 def gate_loss(model: nn.Module) -> Tensor:
-    """The distillation loss of the last call in distilling mode, summed over the layers.
+    """The distillation loss of the last call in distilling or joint mode, summed over the layers.
 
     >>> model(input_ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
     >>> seer_hf.gate_loss(model).backward()
 
-    Sequences of a padded or packed batch count the same each. It can be taken once per call.
+    Sequences of a padded or packed batch count the same each. It can be taken once per call, before
+    its backward. In joint mode it is added to the model's own loss:
+
+    >>> out = model(input_ids, labels=input_ids, use_cache=False)
+    >>> (out.loss + seer_hf.gate_loss(model)).backward()
 
     Returns:
-        fp32 scalar on the first layer's device, differentiable in the gates' weights.
+        fp32 scalar on the first layer's device, differentiable in the gates' weights alone: q, k
+        and the map are data to it. The papers' factor 10 is in it (`seer_cuda.distill.LOSS_SCALE`).
 
     Raises:
-        ValueError: no gates, or no call in distilling mode since.
+        ValueError: no gates, or no call in one of these modes since.
     """
     state = state_of(model, "gate_loss")
     losses, state.losses, state.collecting = state.losses, {}, False
     if not losses:
         raise ValueError(
-            f"seer::gate_loss: model: expected a call in distilling mode before, got none (mode "
-            f"{state.config.mode!r}). Configure mode='distilling', call the model, then take the "
-            "loss once."
+            "seer::gate_loss: model: expected a call in distilling or joint mode before, got none "
+            f"(mode {state.config.mode!r}). Configure mode='distilling', call the model, then take "
+            "the loss once."
         )
     device = losses[min(losses)].device
     return torch.stack([loss.to(device) for _, loss in sorted(losses.items())]).sum()

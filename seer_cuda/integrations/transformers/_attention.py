@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seer_cuda.gate_cache import GateKeyCache
+from seer_cuda.integrations.transformers._config import LEARNING
 from seer_cuda.integrations.transformers._distil import layer_loss
 from seer_cuda.integrations.transformers._plan import Span
 from seer_cuda.integrations.transformers._state import (
@@ -109,11 +110,11 @@ def _prompt(
             # Norms, RoPE's tables and the KV cache have made fp32 of what was projected.
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v, *before = (x.to(dtype) for x in (q, k, v, *before))
-        distilling = state.config.mode == "distilling"
-        if distilling and plan.past:
+        learning = state.config.mode in LEARNING
+        if learning and plan.past:
             raise ValueError(
-                f"seer::attach: past_key_values: expected none while distilling, got {plan.past} "
-                "tokens. Pass whole sequences with use_cache=False."
+                f"seer::attach: past_key_values: expected none in mode {state.config.mode!r}, got "
+                f"{plan.past} tokens. Pass whole sequences with use_cache=False."
             )
         if layer.cache is not None:
             kept = state.kept.setdefault(layer.cache, {})
@@ -121,7 +122,7 @@ def _prompt(
                 kept[layer.index] = Kept()
         out, losses = q if plan.whole else torch.zeros_like(q), []
         for span in plan.spans:
-            if distilling:
+            if learning:
                 part, loss = _distil(module, span, q, k, v, before, scale)
                 losses.append(loss)
             else:

@@ -10,8 +10,10 @@ from typing import Any, Literal, get_args
 from seer_cuda._gate_config import GateConfig
 from seer_cuda.select import Rule
 
-Mode = Literal["dense", "distilling", "sparse"]
+Mode = Literal["dense", "distilling", "joint", "sparse"]
 MODES: tuple[str, ...] = get_args(Mode)
+#: Modes whose prompts are dense and give gates their loss.
+LEARNING = ("distilling", "joint")
 
 _BLOCKS = (16, 32, 64, 128)
 
@@ -35,7 +37,7 @@ class SeerConfig:
     Attributes:
         mode: ``"sparse"``: prompts attend to the blocks that the gates keep. ``"distilling"``:
             dense attention, whose map the gates learn (`gate_loss`); the model is frozen.
-            ``"dense"``: the model as it was.
+            ``"joint"``: the same with a model that trains too. ``"dense"``: the model as it was.
         rule: How a row of blocks chooses (sparse).
         gate: Pooling, one of `seer_cuda.gate.GATE_NAMES`.
         gate_dim: Channels of the gate. Default: the model's head_dim.

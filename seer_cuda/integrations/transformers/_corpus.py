@@ -20,6 +20,11 @@ class RunError(ValueError):
     """Options, text or a folder that cannot be used; one line for the user."""
 
 
+def option(name: str) -> str:
+    """An attribute's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 @dataclass(frozen=True)
 class Corpus:
     """int64 tokens of all files, those held out apart."""

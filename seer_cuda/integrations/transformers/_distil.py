@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The distillation loss of one layer, whose gradients are made on the way forward.
 
-A gate's loss needs nothing from other layers, and the model around it is frozen. So each layer
-makes its weights' gradients at once and keeps those instead of q and k (at 64k tokens of an 8B
-model 0.7 GB a layer), whatever kind of gradient checkpointing the model uses.
+A gate's loss needs nothing from other layers, and nothing of it reaches the model around it. So
+each layer makes its weights' gradients at once and keeps those instead of q and k (at 64k tokens of
+an 8B model 0.7 GB a layer), whatever kind of gradient checkpointing the model uses.
 """
 
 from __future__ import annotations

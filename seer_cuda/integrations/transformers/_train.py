@@ -3,39 +3,53 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 import time
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from seer_cuda.distill import LOSS_SCALE
+from seer_cuda.integrations.transformers import _checkpoint as checkpoint
 from seer_cuda.integrations.transformers._attach import (
     attach,
     configure,
+    detach,
     gate_loss,
     gate_parameters,
     gates,
     observe,
 )
 from seer_cuda.integrations.transformers._config import SeerConfig
-from seer_cuda.integrations.transformers._corpus import Corpus, RunError, load
-from seer_cuda.integrations.transformers._files import load_gates, save_gates
+from seer_cuda.integrations.transformers._corpus import Corpus, RunError, load, option
+from seer_cuda.integrations.transformers._files import WEIGHTS, load_gates, save_gates
+from seer_cuda.integrations.transformers._lm import keep_less, lm_loss, same_bits, save_model
+from seer_cuda.integrations.transformers._log import Log, check_tensorboard
+from seer_cuda.integrations.transformers._ranks import Ranks, joined
 from seer_cuda.select import Rule
 
-CHECKPOINT, LOG = "checkpoint.pt", "log.csv"
-_COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "seconds")
-# What a run that goes on may not change: it would be another run.
-_FIXED = ("model", "text", "context", "batch", "accumulate", "steps", "lr", "warm_up", "seed")
+LOG, MODEL = "log.csv", "model"
+# What a run that goes on may change; with anything else it would be another run.
+_FREE = ("out", "save_every", "device", "checkpointing", "tensorboard")
+_JOINT = ("model_lr", "gate_scale", "checkpointing")
 
 
 @dataclass(frozen=True)
 class Distill:
-    """Options of a training run; those of the reference's recipe are lr, warm_up and the loss."""
+    """Options of a training run; those of the reference's recipes are the rates, warm_up and the
+    losses.
+
+    Attributes:
+        gates: A folder with gates to begin with; None: new ones.
+        train_all: Train the model too, on its own loss plus gate_scale times the gates'.
+        model_lr: The model's rate; lr is the gates'.
+        checkpointing: Keep a layer's input only and compute the layer again in backward.
+        tensorboard: A folder for its events.
+    """
 
     model: str
     text: str
@@ -49,175 +63,204 @@ class Distill:
     seed: int = 0
     save_every: int = 25
     device: str = "auto"
+    gates: str | None = None
+    train_all: bool = False
+    model_lr: float = 1e-5
+    gate_scale: float = LOSS_SCALE
+    checkpointing: bool = False
+    tensorboard: str | None = None
 
     def __post_init__(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in _JOINT:
+            value = getattr(self, name)
+            if not self.train_all and value != defaults[name]:
+                raise RunError(
+                    f"{option(name)}: expected --train-all with it, got none. Add --train-all, or "
+                    "leave it out: gates alone need nothing of the model but its forward."
+                )
+            if not (value >= 0 and math.isfinite(value)):
+                raise RunError(f"{option(name)}: expected a finite number >= 0, got {value}.")
         for name in ("context", "batch", "accumulate", "steps", "save_every"):
             if getattr(self, name) < 1:
-                option = name.replace("_", "-")
-                raise RunError(f"--{option}: expected at least 1, got {getattr(self, name)}.")
+                raise RunError(f"{option(name)}: expected at least 1, got {getattr(self, name)}.")
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """The highest rates: of the gates, then of the model if it trains."""
+        return {"lr": self.lr} | ({"model_lr": self.model_lr} if self.train_all else {})
 
 
-def learning_rate(step: int, options: Distill) -> float:
-    """Linear warm-up, then half a cosine down to 0."""
+def schedule(step: int, options: Distill) -> float:
+    """Factor on the rates: linear warm-up, then half a cosine down to 0."""
     rise = min(1.0, (step + 1) / max(1, options.warm_up))
-    return options.lr * rise * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+    return rise * 0.5 * (1 + math.cos(math.pi * step / options.steps))
 
 
 def distill(options: Distill) -> Path:
     """Trains gates for a local model and saves them into ``options.out``.
 
+    With train_all the model trains too, in fp32 (under bf16 autocast on a GPU), and is saved into
+    the folder ``model`` beside the gates, in the dtype that it had. Started by torchrun, processes
+    share the batches of a step.
+
     A run that was killed goes on from its last checkpoint when it is started again, and ends with
-    the very gates and log that it would have had: a checkpoint holds weights, optimiser and step,
+    the very weights and log that it would have had: a checkpoint holds weights, optimiser and step,
     is replaced as a whole, and the data follow from seed and step.
 
     Returns:
-        The file of the weights.
+        The file of the gates' weights.
 
     Raises:
+        ImportError: TensorBoard is asked for and not installed.
         RunError: options that cannot be used, or that differ from those of the run in the folder.
     """
-    if Path(options.out).resolve() == Path(options.model).resolve():
-        raise RunError(
-            f"--out: expected another folder than --model, whose config.json gates would replace, "
-            f"got {options.out}."
-        )
-    model, tokenizer = open_model(options.model, options.device)
-    corpus = load(Path(options.text), tokenizer)
-    attach(model, SeerConfig("distilling"), dtype=torch.float32)
-    torch.manual_seed(options.seed)
-    for gate in gates(model):
-        for module in gate.children():
-            module.reset_parameters()
-    weights = list(gate_parameters(model))
-    optimiser = torch.optim.AdamW(weights, lr=options.lr, weight_decay=0.0)
     folder = Path(options.out)
+    for place in (folder, folder / MODEL) if options.train_all else (folder,):
+        if place.resolve() == Path(options.model).resolve():
+            raise RunError(
+                f"--out: expected another folder than --model, whose files {place} would replace, "
+                f"got {options.out}."
+            )
+    if options.tensorboard is not None:
+        check_tensorboard()
+    with joined(options.device) as ranks:
+        return _run(options, folder, ranks)
+
+
+def _run(options: Distill, folder: Path, ranks: Ranks) -> Path:
+    if options.accumulate % ranks.count:
+        raise RunError(
+            f"--accumulate: expected a multiple of the {ranks.count} processes, got "
+            f"{options.accumulate}. Each takes its share of a step's batches."
+        )
+    dtype = torch.float32 if options.train_all else None
+    model, tokenizer = open_model(options.model, options.device, dtype)
+    corpus = load(Path(options.text), tokenizer)
+    own = dict(model.named_parameters()) if options.train_all else {}
+    _put_gates(model, options)
+    trained = [list(gate_parameters(model)), list(own.values())]
+    weights = [weight for group in trained for weight in group]
+    groups = zip(trained, options.peaks.values(), strict=False)
+    optimiser = torch.optim.AdamW(
+        [{"params": group, "lr": rate} for group, rate in groups], weight_decay=0.0
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    fixed = _fixed(options) | {"tokens": corpus.digest()}
-    begin = _resume(folder, fixed, model, optimiser)
-    device = weights[0].device
+    fixed = {name: value for name, value in asdict(options).items() if name not in _FREE}
+    fixed["tokens"] = corpus.digest()
+    begin = checkpoint.resume(folder, fixed, model, own, optimiser)
+    if begin and ranks.first:
+        print(f"going on after step {begin} of {folder / checkpoint.FILE}", flush=True)
     model.train()
-    log = _Log(folder / LOG, begin)
-    began = time.monotonic() - log.seconds
+    if options.checkpointing:
+        keep_less(model)
+    parts = ("lm_loss", "gate_loss") if options.train_all else ()
+    columns = ("step", "loss", *parts, *options.peaks, "grad_norm", "tokens", "seconds")
+    log = None
+    if ranks.first:
+        log = Log(folder / LOG, columns, begin, options.steps, options.tensorboard)
+    began = time.monotonic() - (log.seconds if log else 0.0)
     try:
         for step in range(begin, options.steps):
-            loss = _step(model, corpus, options, step, device)
+            losses = _step(model, corpus, options, step, weights, ranks)
             norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
-            _check_finite("gradient", norm, step)
-            rate = learning_rate(step, options)
-            for group in optimiser.param_groups:
+            _check_finite("gradient", norm, step, options)
+            rates = {name: rate * schedule(step, options) for name, rate in options.peaks.items()}
+            for group, rate in zip(optimiser.param_groups, rates.values(), strict=True):
                 group["lr"] = rate
             optimiser.step()
             optimiser.zero_grad()
             done, seconds = step + 1, time.monotonic() - began
             tokens = done * options.accumulate * options.batch * options.context
-            log.row(done, f"{loss:.6g}", f"{rate:.6g}", f"{norm:.6g}", tokens, f"{seconds:.1f}")
-            left = seconds / done * (options.steps - done)
-            print(f"step {done}/{options.steps}  loss {loss:.5f}  {left:.0f} s left", flush=True)
-            if done % options.save_every == 0 or done == options.steps:
-                _save(folder, fixed, model, optimiser, done)
+            last = {"grad_norm": norm, "tokens": tokens, "seconds": seconds}
+            if log is not None:
+                log.row({"step": done, **losses, **rates, **last})
+            if ranks.first and (done % options.save_every == 0 or done == options.steps):
+                checkpoint.save(folder, fixed, model, own, optimiser, done)
     finally:
-        log.close()
-    configure(model, mode="sparse")
-    return save_gates(model, folder)
+        if log is not None:
+            log.close()
+    return _finish(model, tokenizer, options, folder, ranks)
+
+
+def _put_gates(model: nn.Module, options: Distill) -> None:
+    """Gates in fp32, from a folder or with the seed's weights."""
+    mode = "joint" if options.train_all else "distilling"
+    if options.gates is not None:
+        try:
+            load_gates(model, options.gates, mode=mode, dtype=torch.float32)
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            reason = error.args[0] if isinstance(error, KeyError) else error
+            raise RunError(f"--gates: expected gates of this model, got: {reason}") from error
+        return
+    attach(model, SeerConfig(mode), dtype=torch.float32)
+    torch.manual_seed(options.seed)
+    for gate in gates(model):
+        for module in gate.children():
+            module.reset_parameters()
 
 
 def _step(
-    model: nn.Module, corpus: Corpus, options: Distill, step: int, device: torch.device
-) -> float:
-    """Gradients of one step; its mean loss, read once."""
+    model: nn.Module,
+    corpus: Corpus,
+    options: Distill,
+    step: int,
+    weights: list[nn.Parameter],
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Gradients of one step; its mean losses, read once."""
     count = options.batch * options.accumulate
+    device = weights[0].device
     windows = corpus.sample(count, options.context, options.seed, step).to(device)
-    total = torch.zeros((), device=device)
-    for part in windows.split(options.batch):
+    totals: dict[str, Tensor] = {}
+    for part in ranks.own(windows.split(options.batch)):
+        with same_bits(device) if options.train_all else nullcontext():
+            losses = _losses(model, part, options)
+            (losses["loss"] / options.accumulate).backward()
+        for name, loss in losses.items():
+            totals[name] = totals.get(name, 0) + loss.detach() / options.accumulate
+    ranks.add_up([weight.grad for weight in weights if weight.grad is not None])
+    ranks.add_up(totals.values())
+    values = {name: total.item() for name, total in totals.items()}
+    _check_finite("loss", values["loss"], step, options)
+    return values
+
+
+def _losses(model: nn.Module, ids: Tensor, options: Distill) -> dict[str, Tensor]:
+    """What a step goes down, and its parts if it has two."""
+    if not options.train_all:
         # The head is of no use here: its logits of all tokens would be the largest tensor.
-        model(part, use_cache=False, logits_to_keep=1)
-        loss = gate_loss(model) / options.accumulate
-        loss.backward()
-        total += loss.detach()
-    value = total.item()
-    _check_finite("loss", value, step)
-    return value
+        model(ids, use_cache=False, logits_to_keep=1)
+        return {"loss": gate_loss(model)}
+    # Weights in bf16 would lose steps of this size to rounding; products need no more than bf16.
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        model_loss = lm_loss(model, ids)
+    own = gate_loss(model) * (options.gate_scale / LOSS_SCALE)
+    return {"loss": model_loss + own, "lm_loss": model_loss, "gate_loss": own}
 
 
-def _check_finite(name: str, value: float, step: int) -> None:
+def _check_finite(name: str, value: float, step: int, options: Distill) -> None:
     # A loss can be finite where its gradient is not; the weights would then be in a checkpoint.
     if not math.isfinite(value):
+        rates = " or ".join(map(option, options.peaks))
         raise RunError(
-            f"--lr: expected a finite {name}, got {value} in step {step + 1}. The last checkpoint "
-            "is good; lower --lr in a new folder."
+            f"{rates}: expected a finite {name}, got {value} in step {step + 1}. The last "
+            f"checkpoint is good; lower {rates} in a new folder."
         )
 
 
-def _save(
-    folder: Path,
-    fixed: dict[str, Any],
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    step: int,
-) -> None:
-    state = {
-        "step": step,
-        "options": fixed,
-        "gates": [gate.state_dict() for gate in gates(model)],
-        "optimiser": optimiser.state_dict(),
-    }
-    part = folder / f".{CHECKPOINT}.part"
-    with part.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / CHECKPOINT)
-
-
-def _resume(
-    folder: Path, fixed: dict[str, Any], model: nn.Module, optimiser: torch.optim.Optimizer
-) -> int:
-    """Steps done by the run in the folder; 0 for a new one."""
-    if not (folder / CHECKPOINT).is_file():
-        return 0
-    state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
-    for name, value in fixed.items():
-        if name == "tokens" and state["options"][name] != value:
-            raise RunError(
-                f"--text: expected the tokens that the run in {folder} began with, got others. Put "
-                "text and tokenizer back, or use another --out for another run."
-            )
-        if state["options"][name] != value:
-            raise RunError(
-                f"--{name.replace('_', '-')}: expected {state['options'][name]}, as the run in "
-                f"{folder} has, got {value}. Use another --out for another run."
-            )
-    for gate, weights in zip(gates(model), state["gates"], strict=True):
-        gate.load_state_dict(weights)
-    optimiser.load_state_dict(state["optimiser"])
-    print(f"going on after step {state['step']} of {folder / CHECKPOINT}", flush=True)
-    return state["step"]
-
-
-def _fixed(options: Distill) -> dict[str, Any]:
-    return {name: value for name, value in asdict(options).items() if name in _FIXED}
-
-
-class _Log:
-    def __init__(self, path: Path, begin: int) -> None:
-        # Rows after the checkpoint belong to steps that are done again.
-        rows = list(csv.reader(path.open(newline=""))) if begin and path.is_file() else []
-        rows = [row for row in rows[1:] if len(row) == len(_COLUMNS) and int(row[0]) <= begin]
-        # Whole before it takes the old one's place: a first step may last minutes.
-        part = path.with_name(f".{path.name}.part")
-        with part.open("w", newline="") as file:
-            csv.writer(file).writerows([_COLUMNS, *rows])
-        part.replace(path)
-        self._file = path.open("a", newline="")
-        self._writer = csv.writer(self._file)
-        self.seconds = float(rows[-1][-1]) if rows else 0.0
-
-    def row(self, *values: object) -> None:
-        self._writer.writerow(values)
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+def _finish(model: nn.Module, tokenizer: Any, options: Distill, folder: Path, ranks: Ranks) -> Path:
+    """Saves what was trained; the file of the gates."""
+    configure(model, mode="sparse")
+    if options.train_all:
+        # The gates belong to the model as it is now.
+        model.config._name_or_path = str(folder / MODEL)
+    if not ranks.first:
+        return folder / WEIGHTS["safetensors"]
+    path = save_gates(model, folder)
+    if options.train_all:
+        save_model(detach(model), tokenizer, options.model, folder / MODEL)
+    return path
 
 
 @dataclass(frozen=True)
@@ -274,8 +317,8 @@ def _perplexity(model: nn.Module, tokens: Tensor) -> float:
     return torch.tensor(mean, dtype=torch.float64).exp().item()  # inf where math.exp raises
 
 
-def open_model(folder: str, device: str) -> tuple[Any, Any]:
-    """A local model, bf16 on a GPU, and its tokenizer."""
+def open_model(folder: str, device: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """A local model and its tokenizer; dtype: by default bf16 on a GPU, fp32 on the CPU."""
     if not Path(folder, "config.json").is_file():
         raise RunError(
             f"--model: expected a folder with a transformers model, got {folder}. Download one "
@@ -289,11 +332,11 @@ def open_model(folder: str, device: str) -> tuple[Any, Any]:
 
     transformers.utils.logging.disable_progress_bar()
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    dtype = {name: torch.bfloat16 if device == "cuda" else torch.float32}
+    default = torch.bfloat16 if device == "cuda" else torch.float32
     load_model = transformers.AutoModelForCausalLM.from_pretrained
     load_tokenizer = transformers.AutoTokenizer.from_pretrained
     try:
-        model = load_model(folder, local_files_only=True, **dtype)
+        model = load_model(folder, local_files_only=True, **{name: dtype or default})
         tokenizer = load_tokenizer(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
