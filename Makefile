@@ -90,11 +90,13 @@ $(VENV)/.stamp-base: tools/setup_env.sh tools/build_requirements.py \
 $(VENV)/.stamp-test: $(VENV)/.stamp-base $(native)
 	@echo "== building the package and its tests (compiling the kernels takes minutes)"
 	CMAKE_ARGS="-DSEER_TESTS=ON -DSEER_BENCH=AUTO $$CMAKE_ARGS" $(pip_install) --no-build-isolation -e '.[test]'
+	@cat "$$($(python) tools/build_dir.py)/summary.txt"
 	touch $@
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-base $(native)
 	@echo "== building the package (compiling the kernels takes minutes)"
 	$(pip_install) --no-build-isolation -e '.[demo]'
+	@cat "$$($(python) tools/build_dir.py)/summary.txt"
 	touch $@
 
 # The tools alone: style is checked without building anything.

@@ -57,6 +57,7 @@ class CMakeBuild(build_ext):
         ):
             print("+", *command, flush=True)
             subprocess.run(command, check=True)
+        print((build / "summary.txt").read_text())
 
     def get_outputs(self):
         package = Path(self.build_lib) / "seer_cuda"

@@ -100,8 +100,13 @@ def attention(
 
 
 def equal_terms(*tensors: Tensor) -> bool:
-    """Whether each row of the tensors repeats one value: all terms of a dot product are equal."""
-    return all(bool((x == x[..., :1]).all()) for x in tensors)
+    """Whether each row of the tensors repeats one value: all terms of a dot product are equal.
+
+    Rows that are not finite hold no terms.
+    """
+    return all(
+        bool(((x == x[..., :1]) | ~x.isfinite().all(-1, keepdim=True)).all()) for x in tensors
+    )
 
 
 def score_error(bound: float, terms: int, equal: bool) -> float:
@@ -146,6 +151,25 @@ def attention_grads(q, k, v, grad_out, *, causal=True, scale=None):
     dv = rounded(prob).transpose(2, 3) @ do
     dk, dv = (x.unflatten(1, (k.shape[2], group)).sum(2) for x in (dk, dv))
     return tuple(x.transpose(1, 2).to(q.dtype) for x in (dq, dk, dv))
+
+
+def attention_grads_error(q, k, v, grad_out, base: AttentionBaseline, *, scale=None):
+    """Bounds of |error| of dQ and dK from what ``dS = P (dO V^T - rowsum(dO out))`` subtracts.
+
+    Where the two cancel, as they do for a row that sees one key, nothing else is left; and a
+    problem of few rows has no other rounding by which a baseline could show it. With n = head_dim
+    unrelated terms either sum is off by ``2^-23 sqrt(n) |dO| |V|`` in fp32, and that of out, which
+    was rounded to its type, by ``ulp / 2 sqrt(sum_d (dO_d out_d)^2)``.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[2] // k.shape[2]
+    sizes = grad_out.double().norm(dim=-1).max() * v.double().norm(dim=-1).max()
+    rounded = (grad_out.double() * base.out.double()).norm(dim=-1).max()
+    noise = 2 * EPS32 * math.sqrt(q.shape[-1]) * float(sizes)
+    noise = abs(scale) * (noise + numerics.ulp(q.dtype) / 2 * float(rounded))
+    column = torch.stack(base.prob).double().sum(2)  # of P, by query head
+    column = column.unflatten(1, (k.shape[2], group)).sum(2)
+    return noise * float(k.abs().max()), noise * float(column.max()) * float(q.abs().max())
 
 
 def pool_gate(x, weight=None, cos=None, sin=None, *, block=64, pools=4) -> Tensor:

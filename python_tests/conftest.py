@@ -11,8 +11,16 @@ import zlib
 from collections import Counter
 
 import attention
+import hypothesis
 import pytest
 import torch
+
+# The same examples in every run, and none kept on disk; --hypothesis-profile=more draws new ones.
+hypothesis.settings.register_profile(
+    "seer", max_examples=150, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.register_profile("more", max_examples=2000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("seer")
 
 _executed_gpu = 0
 _skips: Counter = Counter()

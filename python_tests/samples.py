@@ -15,9 +15,13 @@ FORMS = (
     "pool_gate",
     "pool_gate plain",
     "pool_gate narrow",
+    "pool_gate varlen",
     "_pool_gate_pair",
+    "_pool_gate_pair varlen",
     "gate_scores",
+    "gate_scores varlen",
     "gate_select threshold",
+    "gate_select varlen",
     "gate_select topk",
     "gate_select density",
     "gate_select topp",
@@ -56,10 +60,13 @@ def sample(form: str, device: str = "cpu", rows: int = 150, *, grad: bool = Fals
             )
         return op, (q, k, v), kwargs
     blocks = attention.ceil_div(rows, 64)
+    lengths = inputs.packed([rows // 2, rows - rows // 2]).to(device)
     if name == "_pool_gate_pair":
         rope = [torch.rand(blocks, 32, generator=gen).to(device) for _ in range(4)]
-        q, k, weight = draw(2, rows, 4, 64), draw(2, rows, 2, 64), draw(4, 192, 64)
-        return op, (q, k, None, weight, *rope, 64, 64, 4, 7), {}
+        lead = (rows,) if kind == "varlen" else (2, rows)
+        q, k, weight = draw(*lead, 4, 64), draw(*lead, 2, 64), draw(4, 192, 64)
+        tail = (lengths, lengths, rows, rows) if kind == "varlen" else ()
+        return op, (q, k, None, weight, *rope, 64, 64, 4, 7, *tail), {}
     if name == "pool_gate":
         x = draw(2, rows, 2, 64)
         if kind == "plain":
@@ -67,6 +74,9 @@ def sample(form: str, device: str = "cpu", rows: int = 150, *, grad: bool = Fals
         cos, sin = (torch.rand(blocks, 16, generator=gen).to(device) for _ in range(2))
         # No CUDA kernel was compiled for the narrow gate.
         width = 32 if kind == "narrow" else 64
+        if kind == "varlen":
+            args = (x[0], draw(4, 192, width), cos, sin, lengths)
+            return op, args, {"pools": 7, "max_rows": rows}
         return op, (x, draw(4, 192, width), cos, sin), {"pools": 7}
     if name in ("gate_scores", "gate_select"):
         grad = grad and name == "gate_scores"
@@ -76,7 +86,11 @@ def sample(form: str, device: str = "cpu", rows: int = 150, *, grad: bool = Fals
             "topk": {"method": 1, "value": 3.0, "sink": 1},
             "density": {"method": 2, "value": 0.5, "dense_last_rows": 1},
             "topp": {"method": 3, "value": 0.8},
+            "varlen": {"block_q": 1, "block_kv": 1},
         }[kind]
+        if kind == "varlen":
+            gates = (draw(2, rows, 4, 64), draw(2, rows, 2, 64))
+            return op, (*gates, lengths, lengths), rule
         return op, (draw(2, rows, 4, 64), draw(2, rows, 2, 64)), rule
     mask = (torch.rand(2, 3, rows, 70, generator=gen) < 0.4).to(device)
     if name == "pack_block_bits":

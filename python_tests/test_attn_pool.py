@@ -81,12 +81,13 @@ def run_and_check_pool(q, k, v, *, arch=None, **kw):
 def check_map(pooled, ref, delta, *, reduce=MAX, per_token=False, block_q=64, block_kv=64, **_):
     """p = exp(score - lse): both errors are at most delta, so p is off by a factor e^(2 delta).
 
-    A sum rounds once per term. CUDA rounds what each 16 rows add to a 2-D sum to a multiple of
-    2^-23.
+    A sum rounds once per term, and a term below fp32's normal numbers may be 0. CUDA rounds what
+    each 16 rows add to a 2-D sum to a multiple of 2^-23.
     """
     extra = math.expm1(2 * delta) * ref
     if reduce == SUM:
         extra = extra + (block_q + block_kv) * EPS32 * ref
+        extra = extra + block_kv * numerics.FLUSH[torch.float32]
         if pooled.is_cuda and not per_token:
             extra = extra + block_q / 16 * 2.0**-24
     numerics.compare(

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -197,3 +198,19 @@ def test_unknown_options_exit_with_2(capsys):
         cli.main(["demo", "--size", "huge"])
     assert stop.value.code == 2
     assert "invalid choice" in capsys.readouterr().err
+
+
+def test_a_missing_library_is_one_line(tmp_path):
+    """The command line says what is missing and what to do; an import still raises."""
+    environment = os.environ | {"SEER_OPS_LIBRARY": str(tmp_path / "none.so")}
+
+    def run(*arguments):
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = run("-m", "seer_cuda", "info")
+    assert (done.returncode, done.stdout) == (cli.MISSING, "")
+    (line,) = done.stderr.splitlines()
+    assert "none.so" in line and "pip install ." in line
+    done = run("-c", "import seer_cuda")
+    assert done.returncode == 1 and "ImportError: seer_cuda: expected the operator" in done.stderr

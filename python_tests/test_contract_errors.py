@@ -167,6 +167,32 @@ POOL_GATE = [
 ]
 
 
+def packed_pool_args(**changes):
+    """A valid packed call: lengths 120 and 80."""
+    return pool_args(x=torch.randn(200, 2, 64), cos=torch.randn(2, 16), sin=torch.randn(2, 16),
+                     cu_seqlens=ints(0, 120, 200), max_rows=120) | changes  # fmt: skip
+
+
+PACKED_POOL = [
+    ("x", {"x": f32(1, 200, 2, 64)}),
+    ("cu_seqlens", {"cu_seqlens": ints(0, 120, 200, dtype=torch.int64)}),
+    ("cu_seqlens", {"cu_seqlens": ints(0, 120, 200).to("meta")}),
+    ("cu_seqlens", {"cu_seqlens": torch.tensor([[0, 120, 200]], dtype=torch.int32)}),
+    ("cu_seqlens", {"cu_seqlens": torch.zeros(0, dtype=torch.int32)}),
+    ("max_rows", {"max_rows": 0}),
+    ("max_rows", {"max_rows": -1}),
+    ("max_rows", {"max_rows": 2**31}),
+    ("cos", {"cos": f32(4, 16), "sin": f32(4, 16)}),
+    ("cos", {"cos": f32(3, 2, 16), "sin": f32(3, 2, 16)}),
+]
+PACKED_POOL_CONTENTS = [
+    ("cu_seqlens", {"cu_seqlens": ints(0, 120, 100)}),
+    ("cu_seqlens", {"cu_seqlens": ints(1, 120, 200)}),
+    ("cu_seqlens", {"cu_seqlens": ints(0, 120, 199)}),
+    ("cu_seqlens", {"max_rows": 119}),
+]
+
+
 def score_args(**changes):
     return {"q_gate": torch.randn(2, 3, 4, 32), "k_gate": torch.randn(2, 5, 2, 32)} | changes
 
@@ -185,6 +211,28 @@ GATE = [
     ("k_gate", {"k_gate": f32(2, 5, 2, 16)}),
     ("k_gate", {"k_gate": last_dim_strided(2, 5, 2, 32)}),
     ("scale", {"scale": math.nan}),
+]
+
+
+def packed_score_args(**changes):
+    return score_args(cu_seqlens_q=ints(0, 30, 78), cu_seqlens_kv=ints(0, 80, 90), block_q=16,
+                      block_kv=16) | changes  # fmt: skip
+
+
+PACKED_GATE = [
+    ("cu_seqlens_q", {"cu_seqlens_q": None}),
+    ("cu_seqlens_kv", {"cu_seqlens_kv": None}),
+    ("cu_seqlens_q", {"cu_seqlens_q": ints(0, 30, 78, dtype=torch.int64)}),
+    ("cu_seqlens_kv", {"cu_seqlens_kv": ints(0, 80, 90).to("meta")}),
+    ("cu_seqlens_q", {"cu_seqlens_q": ints(0, 78)}),
+    ("cu_seqlens_kv", {"cu_seqlens_kv": ints(0, 40, 80, 90)}),
+    ("block_q", {"block_q": 0}),
+    ("block_kv", {"block_kv": -16}),
+]
+PACKED_GATE_CONTENTS = [
+    ("cu_seqlens_q", {"cu_seqlens_q": ints(0, 30, 20)}),
+    ("cu_seqlens_q", {"cu_seqlens_q": ints(1, 30, 78)}),
+    ("cu_seqlens_kv", {"cu_seqlens_kv": ints(0, 81, 90)}),
 ]
 SELECT = [
     ("method", {"method": 4}),
@@ -229,6 +277,15 @@ def hostile(device):
         yield "block_sparse_attn", argument, attention_args, change
     for argument, change in POOL_GATE:
         yield "pool_gate", argument, pool_args, change
+    packed_pool, packed_gate = list(PACKED_POOL), list(PACKED_GATE)
+    if device == "cpu":
+        packed_pool += PACKED_POOL_CONTENTS
+        packed_gate += PACKED_GATE_CONTENTS
+    for argument, change in packed_pool:
+        yield "pool_gate", argument, packed_pool_args, change
+    for argument, change in packed_gate:
+        yield "gate_scores", argument, packed_score_args, change
+        yield "gate_select", argument, packed_score_args, change
     for argument, change in GATE:
         yield "gate_scores", argument, score_args, change
         yield "gate_select", argument, score_args, change
@@ -286,7 +343,8 @@ def test_bit_ops_refuse(op, argument, args):
     "op, make",
     [("block_sparse_attn", attention_args), ("block_sparse_attn", varlen_args),
      ("attn_pool", attention_args), ("attn_pool", varlen_args), ("pool_gate", pool_args),
-     ("gate_scores", score_args), ("gate_select", score_args)],
+     ("gate_scores", score_args), ("gate_select", score_args), ("pool_gate", packed_pool_args),
+     ("gate_scores", packed_score_args), ("gate_select", packed_score_args)],
 )  # fmt: skip
 def test_the_unchanged_calls_are_valid(device, op, make):
     """The hostile cases differ from these in one thing each."""
@@ -313,3 +371,15 @@ def test_mixed_devices():
         with pytest.raises(RuntimeError) as error:
             ops.block_sparse_attn(**(gpu | {name: gpu[name].cpu()}))
         assert_contract_text(error, "block_sparse_attn", name)
+
+
+def test_no_memory_for_the_results():
+    """More than any machine addresses: an exception that says what was wanted, and where."""
+    q = torch.zeros(1, 1, 1, 8).expand(1, 2**31 - 1, 100_000, 8)
+    lists = torch.zeros(100_000, 0, dtype=torch.int32)
+    for call in (
+        lambda: ops.block_sparse_attn(q, q[:, :1, :1], q[:, :1, :1]),
+        lambda: ops.block_bits_from_indices(lists, lists.sum(-1, dtype=torch.int32), 2**31 - 1),
+    ):
+        with pytest.raises(RuntimeError, match=r"expected memory for .+ on cpu, got none\. Free"):
+            call()

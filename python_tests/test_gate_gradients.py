@@ -7,7 +7,7 @@ import torch
 from attention import DTYPES
 from test_gate_kl import PeakMemory
 
-from seer_cuda import AttnGate, GateConfig, _gate_math, reference
+from seer_cuda import AttnGate, GateConfig, _gate_math, _gate_pooling, reference
 
 GPU = [pytest.mark.gpu]
 
@@ -53,14 +53,14 @@ def test_maximum_and_minimum_on_one_token_add_up():
     """A block of one token, and a constant one: first token, both shares, and its mean."""
     x = torch.ones(1, 9, 1, 1, dtype=torch.float64)
     grad = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64).expand(1, 3, 1, 3)
-    made = _gate_math.pool_blocks_backward(grad, x, 4, 7)
+    made = _gate_pooling.pool_blocks_backward(grad, x, 4, 7)
     assert made.flatten().tolist() == [36.0, 25, 25, 25, 36.0, 25, 25, 25, 111.0]
 
 
 def test_shares_are_summed_before_rounding():
     x = torch.tensor([3.0, 1.0]).bfloat16().view(1, 2, 1, 1)
     grad = torch.tensor([1.0, 0.0, 2.0**-7]).view(1, 1, 1, 3)  # 1 + 2^-8 is a tie in bf16
-    made = _gate_math.pool_blocks_backward(grad, x, 2, 7)
+    made = _gate_pooling.pool_blocks_backward(grad, x, 2, 7)
     assert made.dtype == torch.bfloat16
     assert made.flatten().tolist() == [float(torch.tensor(1 + 2.0**-8).bfloat16()), 2.0**-8]
 
@@ -98,7 +98,7 @@ def test_backward_writes_one_gradient(pools, share, seed):
     x = draw(seed, 1, 8192, 4, 64).bfloat16()
     grad = draw(seed + 1, 1, 128, 4, 64 * pools.bit_count()).float()
     with PeakMemory() as memory:
-        _gate_math.pool_blocks_backward(grad, x, 64, pools)
+        _gate_pooling.pool_blocks_backward(grad, x, 64, pools)
     assert memory.peak < share * x.numel() * 4
 
 

@@ -51,16 +51,26 @@ def rope(blocks, width, *, batch=None, block=64, device="cpu"):
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
+def fp32_sums_error(x, weight, block, pools):
+    """Bound of what the roundings of two sums in fp32 do to a gate embedding: that of an average
+    over tokens, and that of the projection over channels."""
+    error = torch.zeros_like(reference.pool_gate(x, block=block, pools=pools))
+    if pools & 4:  # the last channels
+        mean = reference.pool_gate(x.abs(), block=block, pools=4)
+        error[..., -x.shape[3] :] = numerics.EPS32 * math.sqrt(min(block, x.shape[1])) * mean
+    if weight is None:
+        return error
+    size = reference.pool_gate(x, block=block, pools=pools).abs()
+    error = error + 2 * numerics.EPS32 * math.sqrt(weight.shape[1]) * size
+    return reference.pool_gate(error, weight.abs(), block=1)
+
+
 def run_and_check_pool(x, weight=None, cos=None, sin=None, *, block=64, pools=4):
     gate = torch.ops.seer.pool_gate(x, weight, cos, sin, block=block, pools=pools)
     assert (gate.dtype, gate.device, gate.is_contiguous()) == (x.dtype, x.device, True)
     ref = reference.pool_gate(x, weight, cos, sin, block=block, pools=pools)
     base = baselines.pool_gate(x, weight, cos, sin, block=block, pools=pools)
-    extra = 0.0
-    if gate.numel() and weight is not None:
-        pooled = reference.pool_gate(x, block=block, pools=pools).abs()
-        size = reference.pool_gate(pooled, weight.abs(), block=1)
-        extra = 2 * numerics.EPS32 * math.sqrt(weight.shape[1]) * float(size.max())
+    extra = float(fp32_sums_error(x, weight, block, pools).max()) if gate.numel() else 0.0
     numerics.compare("pool_gate", gate, ref, base, extra=extra, axes=POOL_AXES)
     return gate
 

@@ -163,8 +163,8 @@ def test_gate_scores(device, dtype, causal, blocks, seed):
     wanted = oracle_grads(lambda q, k: reference.gate_scores(q, k, causal=causal), (q, k), grad_out)
     low = visible_grad.to(dtype).float()
     wide = k.float().repeat_interleave(2, 2)
-    d_q = torch.einsum("bhij,bjhd->bihd", low, wide) * 32**-0.5
-    d_k = torch.einsum("bhij,bihd->bjhd", low, q.float()).unflatten(2, (2, 2)).sum(3) * 32**-0.5
+    d_q = torch.einsum("bhij,bjhd->bihd", low, wide) * 64**-0.5
+    d_k = torch.einsum("bhij,bihd->bjhd", low, q.float()).unflatten(2, (2, 2)).sum(3) * 64**-0.5
     for name, grad, want, plain in zip("qk", grads, wanted, (d_q, d_k), strict=True):
         numerics.compare(f"gate_scores d{name}", grad, want, plain.to(dtype))
 

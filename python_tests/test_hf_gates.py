@@ -185,6 +185,21 @@ def test_saved_gates_come_back(family, format, tmp_path):
     )
 
 
+def test_a_full_disk_leaves_the_old_gates(tmp_path, monkeypatch):
+    """The weights fit, their configuration does not: neither is replaced."""
+    seer_hf.save_gates(distilling("llama", train=False), tmp_path)
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = seer_hf.attach(make_model("llama"), SeerConfig(block=BLOCK, gate="Qavg_Kavg"))
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        seer_hf.save_gates(other, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
 @pytest.mark.parametrize(
     "rule", [Rule("threshold", 2e-3), Rule("topk", 5), Rule("topp", 0.9), Rule("density", 0.5)]
 )

@@ -3,6 +3,7 @@
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 from hf_models import make_model
@@ -100,6 +101,23 @@ def test_other_text_under_the_same_name_is_another_run(folders, tmp_path, capsys
     text.write_text(text.read_text().replace("squared", "doubled"))
     assert distill(folders, tmp_path / "a", "--text", str(text)) == cli.USAGE
     assert "--text: expected the tokens" in capsys.readouterr().err
+
+
+def test_tokens_in_an_array_are_the_text(folders, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders / "model")
+    ids = np.array(tokenizer((folders / "text" / "a.txt").read_text())["input_ids"], np.uint16)
+    np.save(tmp_path / "text.npy", ids)
+    assert distill(folders, tmp_path / "a", "--steps", "2") == 0
+    assert distill(folders, tmp_path / "b", "--steps", "2", "--text", f"{tmp_path}/text.npy") == 0
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    for wrong in (ids + 300, ids.astype(np.float32), ids[None]):
+        np.save(tmp_path / "wrong.npy", wrong)
+        assert distill(folders, tmp_path / "c", "--text", f"{tmp_path}/wrong.npy") == cli.USAGE
+    (tmp_path / "wrong.npy").write_text("no array")
+    assert distill(folders, tmp_path / "c", "--text", f"{tmp_path}/wrong.npy") == cli.USAGE
+    assert capsys.readouterr().err.count("--text: expected") == 4
 
 
 def test_accumulation_is_a_larger_batch(folders, tmp_path):

@@ -14,25 +14,20 @@ shapes, gradients and, for ops without a compiled CUDA kernel, a CUDA implementa
 # isort: off
 from seer_cuda import _library
 
-_library.load_ops()
+_library.load_for_package()
 
 # Each import registers something with torch.ops.seer, which exists from here on.
 from seer_cuda import _autograd, _composite, _fake  # noqa: E402, F401
 
 # isort: on
-from seer_cuda import distill, reference, select  # noqa: E402
+from seer_cuda import distill, heuristics, reference, select  # noqa: E402
 from seer_cuda._attention_map import AttentionMap, attention_map  # noqa: E402
 from seer_cuda._version import __version__  # noqa: E402
 from seer_cuda.block_mask import BlockMask  # noqa: E402
 from seer_cuda.gate import AttnGate, GateConfig  # noqa: E402
 from seer_cuda.gate_cache import GateKeyCache  # noqa: E402
-from seer_cuda.ops import (  # noqa: E402
-    attn_pool,
-    block_sparse_attn,
-    gate_scores,
-    gate_select,
-    pool_gate,
-)
+from seer_cuda.gate_ops import gate_scores, gate_select, pool_gate  # noqa: E402
+from seer_cuda.ops import attn_pool, block_sparse_attn  # noqa: E402
 from seer_cuda.prefill import gate_mask, sparse_prefill  # noqa: E402
 from seer_cuda.select import Rule  # noqa: E402
 
@@ -51,6 +46,7 @@ __all__ = [
     "gate_mask",
     "gate_scores",
     "gate_select",
+    "heuristics",
     "pool_gate",
     "reference",
     "select",

@@ -28,8 +28,9 @@ _library.define(
     "SymInt max_rows_kv) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "_pool_gate_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, *, "
-    "SymInt block, int pools, bool need_x, bool need_weight) -> (Tensor, Tensor)"
+    "_pool_gate_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? cos, Tensor? sin, "
+    "Tensor? cu_seqlens, *, SymInt block, int pools, SymInt max_rows, bool need_x, "
+    "bool need_weight) -> (Tensor, Tensor)"
 )
 
 
@@ -171,13 +172,13 @@ def _pool_gate_setup(
 
 def _pool_gate_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return None, None, None, None
+        return None, None, None, None, None
     # The dispatcher drops trailing arguments that have their default value.
     need_x, need_weight = (*ctx.needs_input_grad, False)[:2]
     grad_x, grad_weight = torch.ops.seer._pool_gate_backward(
         grad, *ctx.saved_tensors, **ctx.options, need_x=need_x, need_weight=need_weight
     )
-    return grad_x if need_x else None, grad_weight if need_weight else None, None, None
+    return grad_x if need_x else None, grad_weight if need_weight else None, None, None, None
 
 
 # ---------------------------------------------------------------------------------- gate_scores
@@ -193,9 +194,10 @@ def _gate_scores_setup(
 
 def _gate_scores_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return None, None
+        return None, None, None, None
     with _exact(grad):
-        return _gate_math.gate_scores_backward(grad, *ctx.saved_tensors, **ctx.options)
+        grads = _gate_math.gate_scores_backward(grad, *ctx.saved_tensors, **ctx.options)
+    return *grads, None, None
 
 
 # --------------------------------------------------------------------------------- forward-only

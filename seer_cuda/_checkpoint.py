@@ -54,6 +54,40 @@ def released_gate_state(
     return own
 
 
+def check_gate_state(
+    own: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    layer: int | None,
+    *,
+    single_linear: bool,
+) -> None:
+    """KeyError or ValueError unless these are the weights of a gate with the `expected` shapes."""
+    where = "" if layer is None else f" of layer {layer}"
+    for name, shape in expected.items():
+        if name not in own:
+            raise KeyError(
+                f"seer::AttnGate: {name}{where}: expected a weight of shape {list(shape)}, got "
+                f"none among {sorted(own) or 'no keys'}. Check the layer and the key prefix."
+            )
+        if tuple(own[name].shape) != shape:
+            raise ValueError(
+                f"seer::AttnGate: {name}{where}: expected shape {list(shape)}, got "
+                f"{list(own[name].shape)}. Set the GateConfig of this checkpoint."
+            )
+        if own[name].is_meta:
+            raise ValueError(
+                f"seer::AttnGate: {name}{where}: expected values, got a meta tensor. Load the "
+                "checkpoint onto a device with memory."
+            )
+    extra = sorted(set(own) - set(expected))
+    if extra:
+        mode = "single" if single_linear else "double"
+        raise KeyError(
+            f"seer::AttnGate: {', '.join(extra)}{where}: expected only {sorted(expected)} in "
+            f"{mode}-linear mode, got more. Set force_double, or use a prefill checkpoint."
+        )
+
+
 def _of_decode(name: str, weight: Tensor) -> bool:
     """Decode gates have names of their own, norms, and one q matrix per head of a GQA group."""
     return (

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seer_cuda._gate_math import pool_count
+from seer_cuda._gate_pooling import pool_count
 
 _BITS_PER_WORD = 32
 
@@ -113,9 +113,15 @@ def _attn_pool_backward(
 
 
 @torch.library.register_fake("seer::pool_gate")
-def _pool_gate(x, weight=None, cos=None, sin=None, *, block=64, pools=4):
-    _same_device("pool_gate", "x", x, weight=weight, cos=cos, sin=sin)
-    batch, rows, heads, head_dim = x.shape
+def _pool_gate(
+    x, weight=None, cos=None, sin=None, cu_seqlens=None, *, block=64, pools=4, max_rows=0
+):
+    _same_device("pool_gate", "x", x, weight=weight, cos=cos, sin=sin, cu_seqlens=cu_seqlens)
+    if cu_seqlens is None:
+        batch, rows, heads, head_dim = x.shape
+    else:
+        _, heads, head_dim = x.shape
+        batch, rows = cu_seqlens.shape[0] - 1, max_rows
     gate_dim = pool_count(pools) * head_dim
     if weight is not None:
         heads, gate_dim = weight.shape[0], weight.shape[2]
@@ -136,24 +142,43 @@ def _pool_gate_pair(
     block_kv,
     pools_q,
     pools_k,
+    cu_seqlens_q=None,
+    cu_seqlens_kv=None,
+    max_rows_q=0,
+    max_rows_kv=0,
 ):
     _same_device("pool_gate", "q", q, k=k)
+    at_q = {"block": block_q, "pools": pools_q, "max_rows": max_rows_q}
+    at_k = {"block": block_kv, "pools": pools_k, "max_rows": max_rows_kv}
     return (
-        _pool_gate(q, weight_q, cos_q, sin_q, block=block_q, pools=pools_q),
-        _pool_gate(k, weight_k, cos_k, sin_k, block=block_kv, pools=pools_k),
+        _pool_gate(q, weight_q, cos_q, sin_q, cu_seqlens_q, **at_q),
+        _pool_gate(k, weight_k, cos_k, sin_k, cu_seqlens_kv, **at_k),
     )
 
 
 @torch.library.register_fake("seer::_pool_gate_backward")
-def _pool_gate_backward(grad, x, weight, cos, sin, *, block, pools, need_x, need_weight):
+def _pool_gate_backward(
+    grad, x, weight, cos, sin, cu_seqlens, *, block, pools, max_rows, need_x, need_weight
+):
     grad_x = x.new_empty(x.shape) if need_x else x.new_empty(0)
     grad_weight = weight.new_empty(weight.shape) if need_weight else x.new_empty(0)
     return grad_x, grad_weight
 
 
 @torch.library.register_fake("seer::gate_scores")
-def _gate_scores(q_gate, k_gate, *, scale=None, causal=True):
-    _same_device("gate_scores", "q_gate", q_gate, k_gate=k_gate)
+def _gate_scores(
+    q_gate,
+    k_gate,
+    cu_seqlens_q=None,
+    cu_seqlens_kv=None,
+    *,
+    scale=None,
+    causal=True,
+    block_q=64,
+    block_kv=64,
+):
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
+    _same_device("gate_scores", "q_gate", q_gate, k_gate=k_gate, **lengths)
     batch, blocks_q, heads_q, _ = q_gate.shape
     shape = (batch, heads_q, blocks_q, k_gate.shape[1])
     return q_gate.new_empty(shape, dtype=torch.float32)
@@ -163,6 +188,8 @@ def _gate_scores(q_gate, k_gate, *, scale=None, causal=True):
 def _gate_select(
     q_gate,
     k_gate,
+    cu_seqlens_q=None,
+    cu_seqlens_kv=None,
     *,
     scale=None,
     causal=True,
@@ -171,8 +198,11 @@ def _gate_select(
     sink=0,
     local=0,
     dense_last_rows=0,
+    block_q=64,
+    block_kv=64,
 ):
-    _same_device("gate_select", "q_gate", q_gate, k_gate=k_gate)
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
+    _same_device("gate_select", "q_gate", q_gate, k_gate=k_gate, **lengths)
     batch, blocks_q, heads_q, _ = q_gate.shape
     words = _ceil_div(k_gate.shape[1], _BITS_PER_WORD)
     return q_gate.new_empty((batch, heads_q, blocks_q, words), dtype=torch.int32)

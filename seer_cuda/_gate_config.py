@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from seer_cuda.ops import pool_bits
+from seer_cuda.gate_ops import pool_bits
 
 _POOL_SETS = ("max", "min", "avg", "maxmin", "maxavg", "minavg", "maxminavg")
 

@@ -9,82 +9,21 @@ host. float64 inputs are computed in float64, all others in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from seer_cuda import _gate_packed
 from seer_cuda._attn_math import accumulation_dtype, matmul
+from seer_cuda._gate_pooling import POOL_AVG, pooled, pooled_backward
 
-POOL_MAX, POOL_MIN, POOL_AVG = 1, 2, 4
 THRESHOLD, TOP_K, DENSITY, TOP_P = range(4)
 
 _MASS_ONE = 1 << 52  # probability 1 in fixed point
 _TILE_ELEMENTS = 1 << 24  # scores selected at a time; a sort needs 24 bytes per element
 
 
-def pool_count(pools: int) -> int:
-    """How many poolings the bit set names."""
-    return sum(1 for pool in (POOL_MAX, POOL_MIN, POOL_AVG) if pools & pool)
-
-
-# ------------------------------------------------------------------------------------- pooling
-
-
-def _block_groups(x: Tensor, block: int) -> Iterator[Tensor]:
-    """Views ``[batch, n, size, heads, head_dim]``: the whole blocks, then the ragged last one."""
-    whole = x.shape[1] // block
-    if whole:
-        yield x[:, : whole * block].unflatten(1, (whole, block))
-    if x.shape[1] % block:
-        yield x[:, whole * block :].unsqueeze(1)
-
-
-def _pool(tokens: Tensor, pools: int) -> Tensor:
-    """max | min | avg over dimension 2, concatenated on the last one, in tokens' dtype."""
-    kinds = []
-    if pools & POOL_MAX:
-        kinds.append(tokens.amax(2))
-    if pools & POOL_MIN:
-        kinds.append(tokens.amin(2))
-    if pools & POOL_AVG:
-        total = tokens.sum(2, dtype=accumulation_dtype(tokens.dtype))
-        kinds.append((total / tokens.shape[2]).to(tokens.dtype))
-    return torch.cat(kinds, -1)
-
-
-def pool_blocks(x: Tensor, block: int, pools: int) -> Tensor:
-    """``[batch, blocks, heads, n_pools * head_dim]`` of x's dtype; the last block may be short."""
-    groups = [_pool(tokens, pools) for tokens in _block_groups(x, block)]
-    if groups:
-        return torch.cat(groups, 1)
-    return x.new_zeros(x.shape[0], 0, x.shape[2], pool_count(pools) * x.shape[3])
-
-
-def pool_blocks_backward(grad: Tensor, x: Tensor, block: int, pools: int) -> Tensor:
-    """Gradient of `pool_blocks` in x's dtype: max and min to the first element that attains it.
-
-    One write of the result; beside it only block-sized tensors exist, and x is read for max and
-    min alone. A block has one winner per channel, so scattering cannot collide: deterministic.
-    """
-    result = torch.empty_like(x, memory_format=torch.contiguous_format)
-    start = 0
-    for tokens, out in zip(_block_groups(x, block), _block_groups(result, block), strict=True):
-        stop = start + tokens.shape[1]
-        parts = list(grad[:, start:stop].unsqueeze(2).split(x.shape[3], dim=-1))
-        start = stop
-        winners = []
-        if pools & POOL_MAX:
-            winners.append((tokens.argmax(2, keepdim=True), parts.pop(0)))
-        if pools & POOL_MIN:
-            winners.append((tokens.argmin(2, keepdim=True), parts.pop(0)))
-        shared = parts[0] / tokens.shape[2] if pools & POOL_AVG else grad.new_zeros(())
-        out.copy_(shared.expand_as(out))
-        for at, _ in winners:
-            # Maximum and minimum may be one token. All it gets is summed before it is rounded.
-            total = shared + sum(share.where(other == at, 0) for other, share in winners)
-            out.scatter_(2, at, total.to(x.dtype))
-    return result
+# ------------------------------------------------------------------------------------- pool_gate
 
 
 def rotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -134,12 +73,14 @@ def pool_gate(
     weight: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     *,
     block: int = 64,
     pools: int = POOL_AVG,
+    max_rows: int = 0,
 ) -> Tensor:
     """`seer::pool_gate` on any device (contract: `seer_cuda.pool_gate`)."""
-    gate = pool_blocks(x, block, pools)
+    gate = pooled(x, cu_seqlens, block, pools, max_rows)
     batch, blocks, heads, _ = gate.shape
     if weight is not None and heads:
         heads_out, _, gate_dim = weight.shape
@@ -160,9 +101,11 @@ def pool_gate_backward(
     weight: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     *,
     block: int = 64,
     pools: int = POOL_AVG,
+    max_rows: int = 0,
     need_x: bool = True,
     need_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -171,22 +114,24 @@ def pool_gate_backward(
     grad = grad.to(wide)
     if cos is not None:
         grad = rotate(grad, cos, -sin)
+    cut = (cu_seqlens, block, pools, max_rows)
     if weight is None:
-        return (pool_blocks_backward(grad, x, block, pools) if need_x else None), None
-    heads = x.shape[2]
+        return (pooled_backward(grad, x, *cut) if need_x else None), None
+    heads = x.shape[-2]
     if not heads or not x.shape[0] or not x.shape[1]:
         return torch.zeros_like(x) if need_x else None, torch.zeros_like(weight)
     _, channels, gate_dim = weight.shape
+    batch = grad.shape[0]
     grad = _by_input_head(grad, heads)
     grad_x = grad_weight = None
     if need_weight:
-        pooled = _by_input_head(pool_blocks(x, block, pools), heads).to(wide)
-        grad_weight = (pooled.transpose(1, 2) @ grad).view(heads, channels, -1, gate_dim)
+        channels_in = _by_input_head(pooled(x, *cut), heads).to(wide)
+        grad_weight = (channels_in.transpose(1, 2) @ grad).view(heads, channels, -1, gate_dim)
         grad_weight = grad_weight.transpose(1, 2).reshape(weight.shape).to(weight.dtype)
     if need_x:
         by_head = _weight_by_input_head(weight, heads).to(wide)
-        grad_pooled = (grad @ by_head.transpose(1, 2)).view(heads, x.shape[0], -1, channels)
-        grad_x = pool_blocks_backward(grad_pooled.permute(1, 2, 0, 3), x, block, pools)
+        grad_pooled = (grad @ by_head.transpose(1, 2)).view(heads, batch, -1, channels)
+        grad_x = pooled_backward(grad_pooled.permute(1, 2, 0, 3), x, *cut)
     return grad_x, grad_weight
 
 
@@ -207,12 +152,44 @@ def block_visible(
     return j <= i + (blocks_kv - blocks_q) if causal else (j >= 0) & (i >= 0)
 
 
+def _visible(
+    q_gate: Tensor,
+    k_gate: Tensor,
+    extents: _gate_packed.Extents | None,
+    causal: bool,
+    first: int,
+    last: int,
+) -> Tensor:
+    """What the query blocks [first, last) see: bool, broadcast over ``[batch, heads]`` in front."""
+    if extents is None:
+        return block_visible(q_gate.shape[1], k_gate.shape[1], causal, q_gate.device, first, last)
+    return extents.visible(k_gate.shape[1], causal, first, last)
+
+
+def _extents(
+    q_gate: Tensor,
+    k_gate: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_kv: Tensor | None,
+    block_q: int,
+    block_kv: int,
+) -> _gate_packed.Extents | None:
+    if cu_seqlens_q is None or cu_seqlens_kv is None:
+        return None
+    lengths = (cu_seqlens_q, cu_seqlens_kv, block_q, block_kv)
+    return _gate_packed.Extents.of(q_gate, k_gate, *lengths)
+
+
 def gate_scores(
     q_gate: Tensor,
     k_gate: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
     *,
     scale: float | None = None,
     causal: bool = True,
+    block_q: int = 64,
+    block_kv: int = 64,
     first: int = 0,
     last: int | None = None,
 ) -> Tensor:
@@ -229,22 +206,33 @@ def gate_scores(
     queries = queries.reshape(batch * heads_k, -1, gate_dim)
     keys = k_gate.permute(0, 2, 3, 1).reshape(batch * heads_k, gate_dim, blocks_kv)
     scores = matmul(queries, keys).mul_(scale).view(shape)
-    if causal:
-        visible = block_visible(blocks_q, blocks_kv, causal, q_gate.device, first, last)
+    extents = _extents(q_gate, k_gate, cu_seqlens_q, cu_seqlens_kv, block_q, block_kv)
+    if causal or extents is not None:
+        visible = _visible(q_gate, k_gate, extents, causal, first, last)
         scores = scores.masked_fill_(~visible, -torch.inf)
     return scores
 
 
 def gate_scores_backward(
-    grad: Tensor, q_gate: Tensor, k_gate: Tensor, *, scale: float | None = None, causal: bool = True
+    grad: Tensor,
+    q_gate: Tensor,
+    k_gate: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    block_q: int = 64,
+    block_kv: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `gate_scores` to q_gate and k_gate; what hidden scores receive is dropped."""
     _, blocks_q, heads_q, gate_dim = q_gate.shape
-    blocks_kv, heads_k = k_gate.shape[1:3]
+    heads_k = k_gate.shape[2]
     wide = accumulation_dtype(q_gate.dtype)
     scale = gate_dim**-0.5 if scale is None else scale
-    if causal:
-        visible = block_visible(blocks_q, blocks_kv, causal, grad.device)
+    extents = _extents(q_gate, k_gate, cu_seqlens_q, cu_seqlens_kv, block_q, block_kv)
+    if causal or extents is not None:
+        visible = _visible(q_gate, k_gate, extents, causal, 0, blocks_q)
         grad = grad.masked_fill(~visible, 0)
     grad = (grad.to(wide) * scale).unflatten(1, (heads_k, heads_q // heads_k))
     queries = q_gate.to(wide).unflatten(2, (heads_k, heads_q // heads_k))
@@ -262,17 +250,29 @@ def blocks_of_density(density: float, blocks_kv: int) -> int:
 
 
 def select_scores(
-    scores: Tensor, visible: Tensor, method: int, value: float, probabilities: bool = False
+    scores: Tensor,
+    visible: Tensor,
+    method: int,
+    value: float,
+    probabilities: bool = False,
+    blocks_kv: Tensor | None = None,
 ) -> Tensor:
     """The selection rules: bool, shape of scores ``[..., rows, blocks_kv]``.
 
     Candidates are the visible blocks whose score is not NaN; ties go to the lower index.
-    probabilities: scores are used as they are, not through a softmax.
+    probabilities: scores are used as they are, not through a softmax. blocks_kv: what a density
+    counts for each row, default the last dimension.
     """
     candidate = visible & ~scores.isnan()
     # The floor ranks candidates with a score of -inf before everything that is no candidate.
     floor = torch.finfo(scores.dtype).min
     scores = scores.clamp_min(floor).masked_fill(~candidate, -torch.inf)
+    if method == DENSITY and blocks_kv is not None:
+        share = (1.0 - math.sqrt(1.0 - value)) * blocks_kv.to(torch.float64)
+        rank = torch.arange(scores.shape[-1], device=scores.device)
+        first = (rank < share.floor().clamp_min(1)).expand_as(candidate)
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        return torch.zeros_like(candidate).scatter_(-1, order, first) & candidate
     if method in (TOP_K, DENSITY):
         k = int(value) if method == TOP_K else blocks_of_density(value, scores.shape[-1])
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
@@ -304,9 +304,14 @@ def _softmax(scores: Tensor, candidate: Tensor) -> Tensor:
 
 
 def forced_blocks(
-    visible: Tensor, blocks_q: int, sink: int, local: int, dense_last_rows: int, first: int = 0
+    visible: Tensor,
+    blocks_q: int | Tensor,
+    sink: int,
+    local: int,
+    dense_last_rows: int,
+    first: int = 0,
 ) -> Tensor:
-    """bool like visible ``[rows, blocks_kv]``: visible blocks that are kept whatever their score.
+    """bool like visible ``[..., rows, blocks_kv]``: visible blocks kept whatever their score.
 
     Row 0 of visible is query block `first` of blocks_q.
     """
@@ -320,6 +325,8 @@ def forced_blocks(
 def gate_select(
     q_gate: Tensor,
     k_gate: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
     *,
     scale: float | None = None,
     causal: bool = True,
@@ -328,6 +335,8 @@ def gate_select(
     sink: int = 0,
     local: int = 0,
     dense_last_rows: int = 0,
+    block_q: int = 64,
+    block_kv: int = 64,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """`seer::gate_select` on any device; scores of `chunk_rows` query blocks exist at a time."""
@@ -337,12 +346,14 @@ def gate_select(
     bits = q_gate.new_zeros((batch, heads_q, blocks_q, words), dtype=torch.int32)
     if bits.numel() == 0:
         return bits
+    extents = _extents(q_gate, k_gate, cu_seqlens_q, cu_seqlens_kv, block_q, block_kv)
+    own_q, own_kv = extents or (blocks_q, None)
     step = chunk_rows or max(1, _TILE_ELEMENTS // (batch * heads_q * blocks_kv))
     for first in range(0, blocks_q, step):
         last = min(first + step, blocks_q)
         scores = gate_scores(q_gate, k_gate, scale=scale, causal=causal, first=first, last=last)
-        visible = block_visible(blocks_q, blocks_kv, causal, q_gate.device, first, last)
-        kept = select_scores(scores, visible, method, value)
-        kept |= forced_blocks(visible, blocks_q, sink, local, dense_last_rows, first)
+        visible = _visible(q_gate, k_gate, extents, causal, first, last)
+        kept = select_scores(scores, visible, method, value, blocks_kv=own_kv)
+        kept |= forced_blocks(visible, own_q, sink, local, dense_last_rows, first)
         bits[:, :, first:last] = torch.ops.seer.pack_block_bits(kept)
     return bits

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -46,12 +47,36 @@ def load_ops() -> Path:
         f"{LIBRARY_VARIABLE} names a library that lies elsewhere."
     )
     if not path.is_file():
+        here = Path(__file__).parent
+        if path.parent == here and here.with_name("CMakeLists.txt").is_file():
+            build += " If it is installed already, start Python in another folder: this checkout's "
+            build += "seer_cuda comes before the installed one."
         raise ImportError(f"seer_cuda: expected the operator library at {path}. {found} {build}")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(f"seer_cuda: cannot load {path}: {error}. {found} {build}") from error
     return path
+
+
+def load_for_package() -> None:
+    """`load_ops` for the import of the package. Where the process is the command line itself
+    (``python -m seer_cuda``, ``seer-cuda``), which a traceback does not help, it ends with the
+    error's text and status 3, as for every part that is missing."""
+    try:
+        load_ops()
+    except ImportError as error:
+        if not _is_command():
+            raise
+        print(f"seer-cuda: {error}", file=sys.stderr)
+        raise SystemExit(3) from None
+
+
+def _is_command() -> bool:
+    # While `python -m` imports the package, argv[0] is "-m", and only orig_argv has the name.
+    if sys.argv[:1] == ["-m"]:
+        return "seer_cuda" in sys.orig_argv
+    return Path(sys.argv[0]).name == "seer-cuda" if sys.argv else False
 
 
 def load_core() -> ModuleType | None:

@@ -90,7 +90,8 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "eval",
         help="held-out perplexity of a local Hugging Face model, dense and sparse",
-        description="Perplexity on the end of a text that distill does not train on.",
+        description="Perplexity on the end of a text that distill does not train on. With --out "
+        "a study: the gates, the oracle and choices without training at equal densities.",
     )
     command.add_argument("--model", required=True, metavar="DIR", help="the model's folder")
     command.add_argument("--gates", required=True, metavar="DIR", help="the gates' folder")
@@ -99,6 +100,13 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--value", type=float, help="of --method")
     command.add_argument("--context", type=int, default=8192, metavar="N", help="tokens a window")
     command.add_argument("--windows", type=int, default=8, metavar="N")
+    command.add_argument("--out", metavar="DIR", help="study: results.json and figures go there")
+    command.add_argument(
+        "--densities", type=float, nargs="+", metavar="D", help="of the study, 0.5 to 0.05"
+    )
+    command.add_argument(
+        "--thresholds", type=float, nargs="*", metavar="T", help="of the study, gates only"
+    )
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
@@ -181,7 +189,13 @@ def _eval(options: argparse.Namespace) -> int:
 
     if (options.method is None) != (options.value is None):
         return _fail("--method and --value: expected both or neither, got one", USAGE)
+    if options.out is None and not (options.densities is None and options.thresholds is None):
+        return _fail("--densities and --thresholds: expected --out with them, got none", USAGE)
+    if options.out is not None and options.method is not None:
+        return _fail("--method: expected none with --out, which has every density, got one", USAGE)
     try:
+        if options.out is not None:
+            return _study(options)
         result = evaluate(
             options.model,
             options.gates,
@@ -196,8 +210,33 @@ def _eval(options: argparse.Namespace) -> int:
     except (ValueError, KeyError, FileNotFoundError) as error:
         # A KeyError's own text is in quotes.
         return _fail(str(error.args[0] if isinstance(error, KeyError) else error), USAGE)
+    except OSError as error:
+        return _fail(f"--out {options.out}: {error}", FAILED)
     change = result.sparse / result.dense - 1
     print(f"dense perplexity   {result.dense:.4f}")
     print(f"sparse perplexity  {result.sparse:.4f}  ({change:+.2%})")
     print(f"kept blocks        {result.density:.1%} of the visible ones")
+    return OK
+
+
+def _study(options: argparse.Namespace) -> int:
+    from seer_cuda.integrations.transformers import _report
+
+    more = {
+        name: getattr(options, name)
+        for name in ("densities", "thresholds")
+        if getattr(options, name) is not None
+    }
+    result = _report.study(
+        options.model,
+        options.gates,
+        options.text,
+        options.out,
+        context=options.context,
+        windows=options.windows,
+        device=options.device,
+        **more,
+    )
+    print(_report.table(result["rows"]))
+    print(f"written: {options.out}")
     return OK

@@ -10,66 +10,27 @@ checkpoints (``mask_linear_q.weight``, ``mask_linear_k.weight``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from seer_cuda._checkpoint import released_gate_state
+from seer_cuda._checkpoint import check_gate_state, released_gate_state
 from seer_cuda._contracts import check_gate_alignment
 from seer_cuda._gate_config import GATE_NAMES, GateConfig
+from seer_cuda._gate_layers import GateNorm, HeadLinear
 from seer_cuda._gate_math import norm_rotate
+from seer_cuda._packed import Packed
 from seer_cuda._rope_tables import KeptTables
 from seer_cuda.block_mask import BlockMask, ceil_div
-from seer_cuda.ops import POOLS, Method, gate_scores, pool_gate
+from seer_cuda.gate_ops import POOLS, gate_scores, pool_gate
 from seer_cuda.prefill import gate_mask
-from seer_cuda.select import Rule
+from seer_cuda.select import Method, Rule
 
 if TYPE_CHECKING:
     from seer_cuda.gate_cache import GateKeyCache
 
 _Tables = tuple[Tensor | None, Tensor | None]
-
-
-class HeadLinear(nn.Module):
-    """The weights of one projection per head, ``[heads, in, out]``; applied by `pool_gate`."""
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        std: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.std = std
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws the weights from N(0, std)."""
-        nn.init.normal_(self.weight, std=self.std)
-
-    def extra_repr(self) -> str:
-        heads, width_in, width_out = self.weight.shape
-        return f"heads={heads}, in={width_in}, out={width_out}"
-
-
-class GateNorm(nn.Module):
-    """The weight of an embedding's RMSNorm, ``[gate_dim]``; applied by `AttnGate.embed`."""
-
-    def __init__(
-        self,
-        gate_dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(gate_dim, device=device, dtype=dtype))
-
-    def reset_parameters(self) -> None:
-        """Sets the weight to 1."""
-        nn.init.ones_(self.weight)
 
 
 class AttnGate(nn.Module):
@@ -165,7 +126,17 @@ class AttnGate(nn.Module):
         blocks = first // block, ceil_div(first + rows, block)
         return self._kept_tables.get(self.inv_freq, blocks, block, self._rope_at)
 
-    def embed(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def embed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor | None = None,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_kv: Tensor | None = None,
+        max_rows_q: int = 0,
+        max_rows_kv: int = 0,
+    ) -> tuple[Tensor, Tensor]:
         """Gate embeddings of q and k.
 
         Args:
@@ -175,32 +146,38 @@ class AttnGate(nn.Module):
                 start chunks of a prompt at multiples of the block.
             positions: Token positions of the KV rows, ``[rows_kv]`` or ``[batch|1, rows_kv]``; the
                 query rows are the last rows_q of them. Default: 0, 1, 2, ...
+            cu_seqlens_q, cu_seqlens_kv: int32 ``[batch + 1]``, both or neither: packed sequences,
+                q ``[total_q, heads_q, head_dim]``, k ``[total_kv, heads_kv, head_dim]``, positions
+                ``[total_kv]``, each sequence as above by itself. Lengths are not read: that the
+                queries of each start at a multiple of the block is up to the caller. One tensor
+                for both saves four small launches.
+            max_rows_q, max_rows_kv: Longest sequences; needed with cu_seqlens.
 
         Returns:
             q_gate ``[batch, blocks_q, heads_q, gate_dim]`` and k_gate ``[batch, blocks_kv, heads_q
-            (single-linear) or heads_kv, gate_dim]``, of q's dtype.
+            (single-linear) or heads_kv, gate_dim]``, of q's dtype; packed with the block counts of
+            max_rows, and 0 past a shorter sequence.
 
         Raises:
-            ValueError: q, k or positions of another shape, rows_kv < rows_q, or a chunk that does
-                not start at a multiple of the block.
+            ValueError: q, k or positions of another shape, rows_kv < rows_q, a chunk that does
+                not start at a multiple of the block, or one of cu_seqlens without the other.
+            RuntimeError: refused by the op.
         """
-        self._check("q", q)
-        self._check("k", k, positions)
-        rows_q, rows_kv = q.shape[1], k.shape[1]
-        first = rows_kv - rows_q
-        if first < 0:
-            raise ValueError(
-                f"seer::AttnGate: k: expected rows_kv of at least rows_q = {rows_q}, got "
-                f"{rows_kv}. Pass the keys of the whole prompt so far."
-            )
-        config = self.config
-        check_gate_alignment("AttnGate", rows_q, rows_kv, config.block, config.block, "block")
-        at_q = None if positions is None else positions[..., first:]
-        tables_q = self._tables(at_q, first, rows_q)
-        tables_k = self._tables(positions, 0, rows_kv)
+        lengths = (cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv)
+        packed = Packed.of("AttnGate", *lengths)
+        self._check("q", q, packed=packed is not None)
+        self._check("k", k, positions, packed=packed is not None)
+        if packed is not None:
+            tables_q, tables_k = self._packed_tables(positions, packed)
+        else:
+            tables_q, tables_k = self._chunk_tables(positions, q.shape[1], k.shape[1])
         if torch.is_grad_enabled():
-            return self._embed_one("q", q, tables_q), self._embed_one("k", k, tables_k)
+            return (
+                self._embed_one("q", q, tables_q, cu_seqlens_q, max_rows_q),
+                self._embed_one("k", k, tables_k, cu_seqlens_kv, max_rows_kv),
+            )
         # One launch for both.
+        config = self.config
         q_gate, k_gate = torch.ops.seer._pool_gate_pair(
             q,
             k,
@@ -212,8 +189,36 @@ class AttnGate(nn.Module):
             config.block,
             config.q_pools,
             config.k_pools,
+            *lengths,
         )
         return self._normed("q", q_gate, tables_q), self._normed("k", k_gate, tables_k)
+
+    def _packed_tables(self, positions: Tensor | None, packed: Packed) -> tuple[_Tables, _Tables]:
+        """RoPE tables of packed q and k, ``[blocks, w]`` or ``[batch, blocks, w]``."""
+        block = self.config.block
+        if self.config.rotary == 0:
+            return (None, None), (None, None)
+        if positions is not None:
+            at_q, at_k = (positions[at] for at in packed.first_tokens(block, len(positions)))
+            return self._rope_at(at_q), self._rope_at(at_k)
+        most = max(packed.blocks(block))
+        tables = self._kept_tables.get(self.inv_freq, (0, most), block, self._rope_at)
+        return packed.tables(*tables, block)
+
+    def _chunk_tables(
+        self, positions: Tensor | None, rows_q: int, rows_kv: int
+    ) -> tuple[_Tables, _Tables]:
+        """RoPE tables of q and k, where the queries are the last of the rows."""
+        first = rows_kv - rows_q
+        if first < 0:
+            raise ValueError(
+                f"seer::AttnGate: k: expected rows_kv of at least rows_q = {rows_q}, got "
+                f"{rows_kv}. Pass the keys of the whole prompt so far."
+            )
+        block = self.config.block
+        check_gate_alignment("AttnGate", rows_q, rows_kv, block, block, "block")
+        at_q = None if positions is None else positions[..., first:]
+        return self._tables(at_q, first, rows_q), self._tables(positions, 0, rows_kv)
 
     def embed_q(self, q: Tensor, positions: Tensor | None = None, *, first: int = 0) -> Tensor:
         """Gate embedding of q alone, e.g. of a later chunk against kept keys.
@@ -256,11 +261,25 @@ class AttnGate(nn.Module):
             )
         return self._embed_one(side, x, self._tables(positions, first, x.shape[1]))
 
-    def _embed_one(self, side: str, x: Tensor, tables: _Tables) -> Tensor:
+    def _embed_one(
+        self,
+        side: str,
+        x: Tensor,
+        tables: _Tables,
+        cu_seqlens: Tensor | None = None,
+        max_rows: int = 0,
+    ) -> Tensor:
         config = self.config
         pools = config.q_pools if side == "q" else config.k_pools
-        weight = self._weight(side, x)
-        gate = pool_gate(x, weight, *self._fused(tables), block=config.block, pools=pools)
+        gate = pool_gate(
+            x,
+            self._weight(side, x),
+            *self._fused(tables),
+            block=config.block,
+            pools=pools,
+            cu_seqlens=cu_seqlens,
+            max_rows=max_rows,
+        )
         return self._normed(side, gate, tables)
 
     def _fused(self, tables: _Tables) -> _Tables:
@@ -279,17 +298,22 @@ class AttnGate(nn.Module):
         linear = self.mask_linear_q if side == "q" else self.mask_linear_k
         return linear.weight.to(x.dtype)
 
-    def _check(self, side: str, x: Tensor, positions: Tensor | None = None) -> None:
+    def _check(
+        self, side: str, x: Tensor, positions: Tensor | None = None, *, packed: bool = False
+    ) -> None:
         config = self.config
         heads = config.heads_q if side == "q" else config.heads_kv
-        if x.dim() != 4 or tuple(x.shape[2:]) != (heads, config.head_dim):
+        rank, rows_of = (3, "total") if packed else (4, "batch, rows")
+        if x.dim() != rank or tuple(x.shape[-2:]) != (heads, config.head_dim):
             raise ValueError(
-                f"seer::AttnGate: {side}: expected [batch, rows, {heads}, {config.head_dim}] "
+                f"seer::AttnGate: {side}: expected [{rows_of}, {heads}, {config.head_dim}] "
                 f"(heads, head_dim of the GateConfig), got {list(x.shape)}. Pass {side} before "
                 "RoPE, one row per token."
             )
-        rows = x.shape[1]
-        if positions is not None and (positions.dim() < 1 or positions.shape[-1] != rows):
+        rows = x.shape[rank - 3]
+        if positions is not None and (
+            positions.dim() < 1 or positions.shape[-1] != rows or (packed and positions.dim() > 1)
+        ):
             raise ValueError(
                 f"seer::AttnGate: positions: expected {rows} in the last dimension, got "
                 f"{list(positions.shape)}. Pass one position per row of {side}."
@@ -314,13 +338,15 @@ class AttnGate(nn.Module):
         sink: int = 0,
         local: int = 0,
         dense_last_rows: int = 0,
+        **lengths: Any,
     ) -> BlockMask:
         """The block mask for these q and k: `seer_cuda.gate_mask` with the rule spelled out.
 
-        Arguments q, k, positions and errors as in `seer_cuda.gate_mask`, the others as in
-        `seer_cuda.select.Rule`.
+        Arguments q, k, positions, cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv and errors
+        as in `seer_cuda.gate_mask`, the others as in `seer_cuda.select.Rule`.
         """
-        return gate_mask(q, k, self, Rule(method, value, sink, local, dense_last_rows), positions)
+        rule = Rule(method, value, sink, local, dense_last_rows)
+        return gate_mask(q, k, self, rule, positions, **lengths)
 
     def load_released_state_dict(
         self, state: Mapping[str, Tensor], layer: int | None = None
@@ -343,31 +369,8 @@ class AttnGate(nn.Module):
                 (meta), or the checkpoint is a decode gate of SeerAttention-R.
         """
         own = released_gate_state(state, layer, norms=self.config.qk_norm)
-        expected = self.config.weight_shapes()
-        where = "" if layer is None else f" of layer {layer}"
-        for name, shape in expected.items():
-            if name not in own:
-                raise KeyError(
-                    f"seer::AttnGate: {name}{where}: expected a weight of shape {list(shape)}, got "
-                    f"none among {sorted(own) or 'no keys'}. Check the layer and the key prefix."
-                )
-            if tuple(own[name].shape) != shape:
-                raise ValueError(
-                    f"seer::AttnGate: {name}{where}: expected shape {list(shape)}, got "
-                    f"{list(own[name].shape)}. Set the GateConfig of this checkpoint."
-                )
-            if own[name].is_meta:
-                raise ValueError(
-                    f"seer::AttnGate: {name}{where}: expected values, got a meta tensor. Load the "
-                    "checkpoint onto a device with memory."
-                )
-        extra = sorted(set(own) - set(expected))
-        if extra:
-            mode = "single" if self.config.single_linear else "double"
-            raise KeyError(
-                f"seer::AttnGate: {', '.join(extra)}{where}: expected only {sorted(expected)} in "
-                f"{mode}-linear mode, got more. Set force_double, or use a prefill checkpoint."
-            )
+        shapes = self.config.weight_shapes()
+        check_gate_state(own, shapes, layer, single_linear=self.config.single_linear)
         if any(weight.is_meta for weight in self.parameters()):
             # There is no memory to copy into. Copies, so that training leaves the checkpoint alone.
             dtype = self.mask_linear_k.weight.dtype

@@ -17,87 +17,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from seer_cuda._reference_blocks import (
+    WORD,  # noqa: F401
+    block_bits_from_indices,  # noqa: F401
+    expand_blocks,
+    gate_visible,
+    pack_block_bits,
+    spans,
+    token_visible,
+    unpack_block_bits,
+)
+
 POOLS = (("max", 1), ("min", 2), ("avg", 4))
 THRESHOLD, TOPK, DENSITY, TOPP = range(4)
-WORD = 32
-
-
-# ------------------------------------------------------------------------------- block bits
-
-
-def pack_block_bits(mask: Tensor) -> Tensor:
-    """bool ``[..., blocks_kv]`` to int32 ``[..., ceil(blocks_kv / 32)]``.
-
-    Bit ``j % 32`` of word ``j // 32`` is ``mask[..., j]``; bits at or past blocks_kv are 0.
-    """
-    blocks_kv = mask.shape[-1]
-    words = -(-blocks_kv // WORD)
-    padded = mask.new_zeros(*mask.shape[:-1], words * WORD)
-    padded[..., :blocks_kv] = mask
-    place = torch.ones(WORD, dtype=torch.int64, device=mask.device) << torch.arange(
-        WORD, device=mask.device
-    )
-    unsigned = (padded.unflatten(-1, (words, WORD)).to(torch.int64) * place).sum(-1)
-    # Bit 31 is the sign of an int32: values from 2^31 on stand for negative numbers.
-    return torch.where(unsigned >= 2**31, unsigned - 2**32, unsigned).to(torch.int32)
-
-
-def unpack_block_bits(block_bits: Tensor, blocks_kv: int) -> Tensor:
-    """int32 ``[..., words]`` to bool ``[..., blocks_kv]``, the inverse of `pack_block_bits`."""
-    block = torch.arange(blocks_kv, device=block_bits.device)
-    word = block_bits.to(torch.int64)[..., block // WORD]
-    return ((word >> (block % WORD)) & 1).bool()
-
-
-def block_bits_from_indices(indices: Tensor, counts: Tensor, blocks_kv: int) -> Tensor:
-    """Block lists (``indices [..., capacity]``, ``counts [...]``, int32) to block bits.
-
-    Row ``x`` keeps block j iff j is among the first ``min(counts[x], capacity)`` entries of
-    ``indices[x]``. Any order, repeats are harmless, entries outside [0, blocks_kv) are ignored.
-    """
-    capacity = indices.shape[-1]
-    listed = torch.arange(capacity, device=indices.device) < counts[..., None]
-    block = torch.arange(blocks_kv, device=indices.device)
-    hits = (indices[..., None] == block) & listed[..., None]
-    return pack_block_bits(hits.any(dim=-2))
-
-
-# ------------------------------------------------------------------------------- visibility
-
-
-def token_visible(rows_q: int, rows_kv: int, causal: bool, device=None) -> Tensor:
-    """bool ``[rows_q, rows_kv]``: with causal, r sees c iff ``c <= r + rows_kv - rows_q``."""
-    r = torch.arange(rows_q, device=device)[:, None]
-    c = torch.arange(rows_kv, device=device)[None, :]
-    return (c <= r + rows_kv - rows_q) if causal else torch.ones_like(c <= r)
-
-
-def gate_visible(blocks_q: int, blocks_kv: int, causal: bool, device=None) -> Tensor:
-    """bool ``[blocks_q, blocks_kv]``: with causal, i sees j iff ``j <= i + blocks_kv - blocks_q``.
-
-    The rule of the gate: the bottom-right alignment of `token_visible`, counted in blocks. It says
-    what `reachable_blocks` says only if q and KV have blocks of one size that divides rows_kv -
-    rows_q; callers with lengths must see to that.
-    """
-    return token_visible(blocks_q, blocks_kv, causal, device)
-
-
-def reachable_blocks(
-    rows_q: int, rows_kv: int, block_q: int, block_kv: int, causal: bool, device=None
-) -> Tensor:
-    """bool ``[blocks_q, blocks_kv]``: the block holds at least one visible (r, c) pair."""
-    visible = token_visible(rows_q, rows_kv, causal, device)
-    return block_max(visible.to(torch.float64), block_q, block_kv) > 0
-
-
-def expand_blocks(mask: Tensor, block_q: int, block_kv: int, rows_q: int, rows_kv: int) -> Tensor:
-    """bool ``[..., blocks_q, blocks_kv]`` to tokens: the Kronecker product with ones, cut to size.
-
-    ``expanded[r, c] = mask[r // block_q, c // block_kv]``
-    """
-    i = torch.arange(rows_q, device=mask.device) // block_q
-    j = torch.arange(rows_kv, device=mask.device) // block_kv
-    return mask[..., i[:, None], j[None, :]]
 
 
 # -------------------------------------------------------------------------------- attention
@@ -243,15 +175,9 @@ def sequences(q, k, cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv):
         for n in range(q.shape[0]):
             yield n, n, n
         return
-    spans = []
-    for cu, total, longest in (
-        (cu_seqlens_q, q.shape[0], max_rows_q),
-        (cu_seqlens_kv, k.shape[0], max_rows_kv),
-    ):
-        edge = [min(max(x, 0), total) for x in cu.tolist()]
-        spans.append([slice(a, a + min(max(b - a, 0), longest)) for a, b in pairwise(edge)])
-    for n, (at_q, at_kv) in enumerate(zip(*spans, strict=True)):
-        yield n, at_q, at_kv
+    at_q = spans(cu_seqlens_q, q.shape[0], max_rows_q)
+    at_kv = spans(cu_seqlens_kv, k.shape[0], max_rows_kv)
+    yield from zip(range(len(at_q)), at_q, at_kv, strict=True)
 
 
 def _empty_outputs(q):
@@ -279,6 +205,14 @@ def block_max(x, block_q, block_kv):
     return block_tiles(x, block_q, block_kv).amax((-3, -1))
 
 
+def reachable_blocks(
+    rows_q: int, rows_kv: int, block_q: int, block_kv: int, causal: bool, device=None
+) -> Tensor:
+    """bool ``[blocks_q, blocks_kv]``: the block holds at least one visible (r, c) pair."""
+    visible = token_visible(rows_q, rows_kv, causal, device)
+    return block_max(visible.to(torch.float64), block_q, block_kv) > 0
+
+
 def block_mean_sum(x, block_q, block_kv):
     """Sum along the columns of each block, mean over those of its rows that exist."""
     rows = block_tiles(torch.ones_like(x[..., :1]), block_q, 1).sum((-3, -1))
@@ -293,9 +227,11 @@ def pool_gate(
     weight: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     *,
     block: int = 64,
     pools: int = 4,
+    max_rows: int = 0,
 ) -> Tensor:
     """Block pooling, per-head projection, RoPE (SeerAttention, section 3.1).
 
@@ -307,7 +243,20 @@ def pool_gate(
     with w = rot / 2 the width of cos and sin; channels from 2w on stay. x ``[batch, rows, heads,
     head_dim]``, weight ``[heads_out, len(pools) * head_dim, gate_dim]``, cos and sin ``[blocks,
     w]`` or ``[batch | 1, blocks, w]``. Returns ``[batch, blocks, heads_out, gate_dim]``.
+
+    Packed: x ``[total, heads, head_dim]``, each sequence by itself, blocks = ceil(max_rows /
+    block) and 0 past its last one.
     """
+    if cu_seqlens is not None:
+        heads, channels = x.shape[1], x.shape[2] * pools.bit_count()
+        heads, width = (heads, channels) if weight is None else (weight.shape[0], weight.shape[2])
+        batch, blocks = cu_seqlens.shape[0] - 1, -(-max_rows // block)
+        out = torch.zeros(batch, blocks, heads, width, dtype=torch.float64, device=x.device)
+        for n, at in enumerate(spans(cu_seqlens, x.shape[0], max_rows)):
+            own = -(-(at.stop - at.start) // block)
+            angles = (t if t is None else t.expand(batch, -1, -1)[n, :own] for t in (cos, sin))
+            out[n, :own] = pool_gate(x[None, at], weight, *angles, block=block, pools=pools)[0]
+        return out
     x64 = x.to(torch.float64)
     pooled = []
     for start in range(0, x.shape[1], block):
@@ -328,19 +277,44 @@ def pool_gate(
 
 
 def gate_scores(
-    q_gate: Tensor, k_gate: Tensor, *, scale: float | None = None, causal: bool = True
+    q_gate: Tensor,
+    k_gate: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    block_q: int = 64,
+    block_kv: int = 64,
 ) -> Tensor:
     """``A[h, i, j] = scale q_gate[i, h] . k_gate[j, u]``, -inf where i does not see j.
 
     q_gate ``[batch, blocks_q, heads_q, gate_dim]``, k_gate ``[batch, blocks_kv, heads_k,
     gate_dim]``, u = h // (heads_q / heads_k). Returns ``[batch, heads_q, blocks_q, blocks_kv]``.
+    Packed: each sequence's own blocks by themselves, -inf past them.
     """
+    if cu_seqlens_q is not None:
+        shape = (q_gate.shape[0], q_gate.shape[2], q_gate.shape[1], k_gate.shape[1])
+        out = torch.full(shape, -math.inf, dtype=torch.float64, device=q_gate.device)
+        for n, i, j in gate_blocks(q_gate, k_gate, cu_seqlens_q, cu_seqlens_kv, block_q, block_kv):
+            rule = {"scale": scale, "causal": causal}
+            out[n, :, :i, :j] = gate_scores(q_gate[n, None, :i], k_gate[n, None, :j], **rule)[0]
+        return out
     scale = q_gate.shape[-1] ** -0.5 if scale is None else scale
     group = q_gate.shape[2] // k_gate.shape[2]
     k64 = k_gate.to(torch.float64).repeat_interleave(group, dim=2)
     score = scale * torch.einsum("bihd,bjhd->bhij", q_gate.to(torch.float64), k64)
     seen = gate_visible(q_gate.shape[1], k_gate.shape[1], causal, q_gate.device)
     return score.masked_fill(~seen, -math.inf)
+
+
+def gate_blocks(q_gate, k_gate, cu_seqlens_q, cu_seqlens_kv, block_q, block_kv):
+    """(n, query blocks, KV blocks) of every packed sequence."""
+    counts = []
+    for gate, cu, block in ((q_gate, cu_seqlens_q, block_q), (k_gate, cu_seqlens_kv, block_kv)):
+        rows = [max(b - a, 0) for a, b in pairwise(cu.tolist())]
+        counts.append([min(-(-n // block), gate.shape[1]) for n in rows])
+    return list(zip(range(len(counts[0])), *counts, strict=True))
 
 
 def select_blocks(
@@ -393,8 +367,25 @@ def select_blocks(
     return kept | (forced & seen)
 
 
-def gate_select(q_gate: Tensor, k_gate: Tensor, *, scale=None, causal=True, **rule) -> Tensor:
+def gate_select(
+    q_gate: Tensor,
+    k_gate: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    *,
+    scale=None,
+    causal=True,
+    block_q=64,
+    block_kv=64,
+    **rule,
+) -> Tensor:
     """`gate_scores`, then `select_blocks` with `rule`, packed: int32 ``[batch, heads_q, blocks_q,
-    ceil(blocks_kv / 32)]``."""
-    scores = gate_scores(q_gate, k_gate, scale=scale, causal=causal)
-    return pack_block_bits(select_blocks(scores, causal=causal, **rule))
+    ceil(blocks_kv / 32)]``. Packed sequences: by themselves; rows and bits past them are 0."""
+    scores = gate_scores(q_gate, k_gate, scale=scale, causal=False)
+    if cu_seqlens_q is None:
+        return pack_block_bits(select_blocks(scores, causal=causal, **rule))
+    lengths = (cu_seqlens_q, cu_seqlens_kv, block_q, block_kv)
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    for n, i, j in gate_blocks(q_gate, k_gate, *lengths):
+        kept[n, :, :i, :j] = select_blocks(scores[n, :, :i, :j], causal=causal, **rule)
+    return pack_block_bits(kept)

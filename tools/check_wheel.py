@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check a built wheel: both binaries inside, size within the limit.
+"""Check a built wheel: both binaries inside, a tag for one Python and one platform, size within
+the limit. Whether it works is tools/check_install.py's question.
 
 python tools/check_wheel.py dist/*.whl
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -20,6 +22,9 @@ def problems(wheel: Path) -> list[str]:
     size = wheel.stat().st_size / 1e6
     if size > LIMIT_MB:
         found.append(f"{wheel.name}: {size:.1f} MB, allowed {LIMIT_MB:.0f}")
+    # _core is for one Python, both binaries for one platform; "none-any" would install anywhere.
+    if not re.search(r"-(cp3\d+)-\1-linux_\w+\.whl$", wheel.name):
+        found.append(f"{wheel.name}: expected a tag such as cp311-cp311-linux_x86_64")
     names = zipfile.ZipFile(wheel).namelist()
     for binary in BINARIES:
         if not any(name.startswith(binary) for name in names):

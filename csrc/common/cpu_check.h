@@ -16,7 +16,8 @@ inline Status refuse(const std::string& argument, const std::string& expected,
   return Status::invalid(argument + ": expected " + expected + ", got " + got + ". " + remedy);
 }
 
-// Contents of one cu_seqlens array: the running sum of the sequence lengths.
+// Contents of one cu_seqlens array: the running sum of the sequence lengths. `total`: packed rows,
+// -1 where they are not known.
 inline Status check_cu_seqlens(const std::string& name, const int32_t* cu_seqlens, int batch,
                                int64_t total, int64_t max_rows) {
   if (cu_seqlens[0] != 0)
@@ -34,7 +35,7 @@ inline Status check_cu_seqlens(const std::string& name, const int32_t* cu_seqlen
       return refuse(name, "sequences of at most " + std::to_string(max_rows) + " rows", got,
                     "Raise the matching max_rows argument to the longest length.");
   }
-  if (cu_seqlens[batch] != total)
+  if (total >= 0 && cu_seqlens[batch] != total)
     return refuse(name, "a last entry of " + std::to_string(total) + ", the packed rows",
                   std::to_string(cu_seqlens[batch]),
                   "Let the sequences cover the packed tensor exactly.");

@@ -7,15 +7,40 @@
 #include <cstdint>
 
 #include "common/cpu_buffer.h"
+#include "common/cpu_check.h"
 #include "common/cpu_kernels.h"
 #include "seer/pool_gate.h"
 
 namespace seer::cpu {
 
+// Blocks of one sequence: those of the tensors, or fewer where longer ones are packed with it.
+struct GateExtent {
+  int64_t blocks_q, blocks_kv;
+};
+inline GateExtent gate_extent(const GateScoresParams& params, int64_t b) {
+  if (params.cu_seqlens_q == nullptr) return {params.blocks_q, params.blocks_kv};
+  const auto blocks = [b](const int32_t* cu_seqlens, int block) {
+    return ceil_div(int64_t{cu_seqlens[b + 1]} - cu_seqlens[b], block);
+  };
+  return {blocks(params.cu_seqlens_q, params.block_q),
+          blocks(params.cu_seqlens_kv, params.block_kv)};
+}
+
 // Blocks [0, visible) of the row can be seen: bottom-right causal rule over blocks.
-inline int64_t visible_blocks(const GateScoresParams& params, int64_t row) {
-  if (!params.causal) return params.blocks_kv;
-  return std::clamp<int64_t>(row + 1 + params.blocks_kv - params.blocks_q, 0, params.blocks_kv);
+inline int64_t visible_blocks(const GateExtent& extent, bool causal, int64_t row) {
+  if (row >= extent.blocks_q) return 0;
+  if (!causal) return extent.blocks_kv;
+  return std::clamp<int64_t>(row + 1 + extent.blocks_kv - extent.blocks_q, 0, extent.blocks_kv);
+}
+
+// Contents of cu_seqlens.
+inline Status check_gate_lengths(const GateScoresParams& params) {
+  if (params.cu_seqlens_q == nullptr) return {};
+  const Status q = check_cu_seqlens("cu_seqlens_q", params.cu_seqlens_q, params.batch, -1,
+                                    params.blocks_q * params.block_q);
+  return q.ok() ? check_cu_seqlens("cu_seqlens_kv", params.cu_seqlens_kv, params.batch, -1,
+                                   params.blocks_kv * params.block_kv)
+                : q;
 }
 
 // One thread's strip: `lanes` rows of one head at a time, O(lanes * blocks_kv) floats.
@@ -50,7 +75,12 @@ class GateStrip {
     for (int64_t r = 0; r < count; ++r)
       for (int64_t d = 0; d < dim; ++d) qt_[d * lanes() + r] = rows_[r * dim + d];
     const int64_t head_k = head / (params_.heads_q / params_.heads_k);
-    const int64_t cols = visible_blocks(params_, first + count - 1);
+    // The last of these rows that exists sees the most.
+    const GateExtent extent = gate_extent(params_, b);
+    const int64_t cols =
+        first < extent.blocks_q
+            ? visible_blocks(extent, params_.causal, std::min(first + count, extent.blocks_q) - 1)
+            : 0;
     for (int64_t begin = 0; begin < cols; begin += kTile) {
       const int64_t tile = std::min(kTile, cols - begin);
       load(params_.k_gate, b, begin, head_k, tile);

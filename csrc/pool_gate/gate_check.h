@@ -20,6 +20,13 @@ inline Status check_gate(const GateScoresParams& params) {
     return cpu::refuse("k_gate", "heads that divide heads_q = " + std::to_string(params.heads_q),
                        "heads_k = " + std::to_string(params.heads_k),
                        "Use heads_q or heads_kv heads.");
+  if ((params.cu_seqlens_q == nullptr) != (params.cu_seqlens_kv == nullptr))
+    return cpu::refuse(params.cu_seqlens_q ? "cu_seqlens_kv" : "cu_seqlens_q",
+                       "cu_seqlens_q and cu_seqlens_kv together", "only one of them",
+                       "Pass both for packed sequences, or neither.");
+  for (const auto& [name, block] :
+       {std::pair<const char*, int>{"block_q", params.block_q}, {"block_kv", params.block_kv}})
+    if (block < 1) return cpu::refuse(name, "at least 1 row", std::to_string(block), "Use 64.");
   if (params.gate_dim < 1)
     return cpu::refuse("q_gate", "gate_dim of at least 1", std::to_string(params.gate_dim),
                        "Embed the blocks with pool_gate.");

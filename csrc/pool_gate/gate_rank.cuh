@@ -184,10 +184,10 @@ __device__ __forceinline__ RankEnd<Rule> find_end(const Rule& rule, const uint32
 
 // One warp, one row: its words of block bits.
 template <class Rule>
-__device__ __forceinline__ void select_row(const GateSelectParams& p, Rule rule,
-                                           const uint32_t* keys, uint32_t* bins, int row,
+__device__ __forceinline__ void select_row(const GateSelectParams& p, const GatePlace& at,
+                                           Rule rule, const uint32_t* keys, uint32_t* bins, int row,
                                            uint32_t* words) {
-  const int lane = lane_id(), visible = visible_blocks(p.gate, row);
+  const int lane = lane_id(), visible = visible_blocks(p.gate, at, row);
   const int count = (static_cast<int>(p.gate.blocks_kv) + 31) / 32;
   rule.prepare(keys, visible);
   const RankEnd<Rule> end = find_end(rule, keys, visible, bins);
@@ -210,22 +210,32 @@ __device__ __forceinline__ void select_row(const GateSelectParams& p, Rule rule,
       if (lane == i) mine = word;
     }
     const int word = page + lane;
-    if (word < count) words[word] = mine | forced_bits(p, row, visible, word);
+    if (word < count) words[word] = mine | forced_bits(p, at.blocks_q, row, visible, word);
   }
 }
 
-template <class Element, int kDim, class Rule>
+// The blocks that density keeps per row, as the host counts them for a whole batch.
+__device__ __forceinline__ int density_blocks(double density, int blocks_kv) {
+  const double share = __dsub_rn(1.0, __dsqrt_rn(__dsub_rn(1.0, density)));
+  return max(1, static_cast<int>(floor(__dmul_rn(share, static_cast<double>(blocks_kv)))));
+}
+
+template <class Element, int kDim, class Rule, bool kPacked>
 __global__ void __launch_bounds__(32 * kRankWarps, 3)
     select_ranks(const __grid_constant__ GateSelectParams p, int limit, int rows_at_once) {
   extern __shared__ __align__(16) char smem[];
   const GateScoresParams& gate = p.gate;
-  const GatePlace at = gate_place(gate, kRankRows);
-  const int blocks_q = static_cast<int>(gate.blocks_q);
+  const GatePlace at = gate_place<kPacked>(gate, kRankRows);
   const int blocks_kv = static_cast<int>(gate.blocks_kv);
-  const int rows = min(kRankRows, blocks_q - at.first_row);
-  const int columns = visible_blocks(gate, at.first_row + rows - 1);
+  const int rows = min(kRankRows, at.blocks_q - at.first_row);  // below 1: none of the sequence
+  const int columns = most_visible(gate, at, at.first_row, at.first_row + kRankRows);
   const int stride = key_stride(blocks_kv), words = (blocks_kv + 31) / 32;
+  if (kPacked && p.method == SelectMethod::kDensity) {
+    limit = density_blocks(p.value, at.blocks_kv);
+  }
   uint32_t* table = reinterpret_cast<uint32_t*>(smem) + kRankWarps * Rule::kHistograms * kBins;
+  uint32_t* bits = reinterpret_cast<uint32_t*>(p.block_bits) +
+                   (int64_t{at.batch} * gate.heads_q + at.head) * gate.blocks_q * words;
   for (int round = 0; round < rows; round += rows_at_once) {
     const char* keys = key_rows(gate, at) + lane_id() % 4 * 16;
     const QueryRows<Element, kDim, 1> queries(gate, at, at.first_row);
@@ -262,17 +272,18 @@ __global__ void __launch_bounds__(32 * kRankWarps, 3)
       }
     }
     __syncthreads();
-    uint32_t* bits =
-        reinterpret_cast<uint32_t*>(p.block_bits) +
-        ((int64_t{at.batch} * gate.heads_q + at.head) * blocks_q + at.first_row) * words;
     uint32_t* bins =
         reinterpret_cast<uint32_t*>(smem) + thread_id() / 32 * Rule::kHistograms * kBins;
     const int last = min(round + rows_at_once, rows);
     for (int row = round + thread_id() / 32; row < last; row += kRankWarps) {
-      select_row(p, Rule(limit, static_cast<float>(p.value)), table + (row - round) * stride, bins,
-                 at.first_row + row, bits + int64_t{row} * words);
+      select_row(p, at, Rule(limit, static_cast<float>(p.value)), table + (row - round) * stride,
+                 bins, at.first_row + row, bits + int64_t{at.first_row + row} * words);
     }
     __syncthreads();
+  }
+  if constexpr (kPacked) {
+    clear_rows(bits, words, max(at.first_row, at.blocks_q),
+               min(at.first_row + kRankRows, static_cast<int>(gate.blocks_q)), kRankWarps);
   }
 }
 

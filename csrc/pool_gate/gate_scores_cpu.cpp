@@ -12,6 +12,7 @@ namespace seer {
 Status gate_scores_cpu(const GateScoresParams& params, const ParallelFor& parallel_for) {
   if (params.heads_q == 0) return {};
   if (Status status = check_gate(params); !status.ok()) return status;
+  if (Status status = cpu::check_gate_lengths(params); !status.ok()) return status;
   const int64_t lanes = cpu::GateStrip::lanes(params);
   const int64_t strips = ceil_div(params.blocks_q, lanes);
   const int64_t jobs = int64_t{params.batch} * params.heads_q * strips;
@@ -26,9 +27,11 @@ Status gate_scores_cpu(const GateScoresParams& params, const ParallelFor& parall
     for (int64_t job = begin; job < end; ++job) {
       const int64_t head = job / strips, first = job % strips * lanes;
       const int64_t count = std::min(lanes, params.blocks_q - first);
+      const cpu::GateExtent extent = cpu::gate_extent(params, head / params.heads_q);
       strip.compute(head / params.heads_q, head % params.heads_q, first, count);
       for (int64_t lane = 0; lane < count; ++lane) {
-        const int64_t row = first + lane, visible = cpu::visible_blocks(params, row);
+        const int64_t row = first + lane;
+        const int64_t visible = cpu::visible_blocks(extent, params.causal, row);
         float* scores = params.scores + (head * params.blocks_q + row) * params.blocks_kv;
         strip.copy_row(lane, visible, scores);
         std::fill(scores + visible, scores + params.blocks_kv,

@@ -10,18 +10,18 @@ namespace seer::dev {
 
 constexpr int kScoreWarps = 4;
 
-template <class Element, int kDim>
+template <class Element, int kDim, bool kPacked>
 __global__ void __launch_bounds__(32 * kScoreWarps, 4)
     gate_scores(const __grid_constant__ GateScoresParams p) {
   extern __shared__ __align__(16) char smem[];
   using Stream = KeyStream<Element, kDim, 1, kScoreWarps>;
   constexpr int kTileRows = 16 * kScoreWarps;
-  const GatePlace at = gate_place(p, kTileRows);
+  const GatePlace at = gate_place<kPacked>(p, kTileRows);
   const int lane = lane_id(), blocks_q = static_cast<int>(p.blocks_q);
   const int blocks_kv = static_cast<int>(p.blocks_kv);
   const int warp_row = at.first_row + thread_id() / 32 * 16;
   const int last_row = min(at.first_row + kTileRows, blocks_q) - 1;
-  const int columns = visible_blocks(p, last_row);
+  const int columns = most_visible(p, at, at.first_row, last_row + 1);
   const QueryRows<Element, kDim, 1> queries(p, at, warp_row);
   float* scores =
       p.scores + (int64_t{at.batch} * p.heads_q + at.head) * blocks_q * int64_t{blocks_kv};
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(32 * kScoreWarps, 4)
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + lane / 4 + 8 * half;
       if (row >= blocks_q) continue;
-      const int visible = visible_blocks(p, row);
+      const int visible = kPacked && row >= at.blocks_q ? 0 : visible_blocks(p, at, row);
       float* to = scores + int64_t{row} * blocks_kv;
 #pragma unroll
       for (int t = 0; t < 4; ++t) {

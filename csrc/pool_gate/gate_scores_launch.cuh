@@ -13,11 +13,12 @@ namespace seer {
 template <GateKey kKey>
 int launch_gate_scores_variant(const GateScoresParams& params, CUstream_st* stream) {
   using Element = ElementOf<kKey.dtype>;
-  constexpr auto kKernel = &dev::gate_scores<Element, kKey.dim>;
+  const auto kernel = params.cu_seqlens_q == nullptr ? &dev::gate_scores<Element, kKey.dim, false>
+                                                     : &dev::gate_scores<Element, kKey.dim, true>;
   constexpr int kSmemBytes = dev::KeyStream<Element, kKey.dim, 1, dev::kScoreWarps>::kSmemBytes;
   const int64_t tiles = ceil_div(params.blocks_q, 16 * dev::kScoreWarps);
   const auto grid = static_cast<unsigned>(int64_t{params.batch} * params.heads_q * tiles);
-  kKernel<<<grid, 32 * dev::kScoreWarps, kSmemBytes, stream>>>(params);
+  kernel<<<grid, 32 * dev::kScoreWarps, kSmemBytes, stream>>>(params);
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -37,11 +37,16 @@ class RowSelector {
     if (params.method == SelectMethod::kTopK) {
       // Clamped first: a double beyond int64 has no defined conversion.
       keep_ = static_cast<int64_t>(std::clamp(params.value, 0.0, double(blocks_kv_)));
-    } else if (params.method == SelectMethod::kDensity) {
-      // Causal rows keep k of at most i + 1 blocks: k N - k (k - 1) / 2 of N (N + 1) / 2 in all.
-      const double share = (1.0 - std::sqrt(1.0 - params.value)) * double(blocks_kv_);
-      keep_ = std::max<int64_t>(1, static_cast<int64_t>(std::floor(share)));
     }
+  }
+
+  // The rows that follow belong to this sequence.
+  void start(const cpu::GateExtent& extent) {
+    extent_ = extent;
+    if (params_.method != SelectMethod::kDensity) return;
+    // Causal rows keep k of at most i + 1 blocks: k N - k (k - 1) / 2 of N (N + 1) / 2 in all.
+    const double share = (1.0 - std::sqrt(1.0 - params_.value)) * double(extent.blocks_kv);
+    keep_ = std::max<int64_t>(1, static_cast<int64_t>(std::floor(share)));
   }
 
   // Workspace: the scores of one row and their ranking keys.
@@ -65,7 +70,7 @@ class RowSelector {
       case SelectMethod::kDensity: select_best(visible); break;
       case SelectMethod::kTopP: select_mass(visible); break;
     }
-    const bool dense = row >= params_.gate.blocks_q - params_.dense_last_rows;
+    const bool dense = row >= extent_.blocks_q - params_.dense_last_rows;
     for (int64_t j = 0; j < (dense ? visible : std::min(params_.sink, visible)); ++j) keep(j);
     for (int64_t j = std::max<int64_t>(0, visible - params_.local); j < visible; ++j) keep(j);
   }
@@ -131,6 +136,7 @@ class RowSelector {
   // Compared in fp32 like the probabilities: 1/10 of the mass must not exceed a value of 0.1.
   float value_;
   int64_t blocks_kv_;
+  cpu::GateExtent extent_ = {};
   int64_t keep_ = 0;
   float* scores_ = nullptr;
   uint64_t* keys_ = nullptr;
@@ -143,6 +149,7 @@ Status gate_select_cpu(const GateSelectParams& params, const ParallelFor& parall
   if (Status status = check_gate_select(params); !status.ok()) return status;
   if (params.gate.heads_q == 0) return {};
   const GateScoresParams& gate = params.gate;
+  if (Status status = cpu::check_gate_lengths(gate); !status.ok()) return status;
   const int64_t lanes = cpu::GateStrip::lanes(gate);
   const int64_t strips = ceil_div(gate.blocks_q, lanes);
   const int64_t jobs = int64_t{gate.batch} * gate.heads_q * strips;
@@ -163,9 +170,12 @@ Status gate_select_cpu(const GateSelectParams& params, const ParallelFor& parall
     for (int64_t job = begin; job < end; ++job) {
       const int64_t head = job / strips, first = job % strips * lanes;
       const int64_t count = std::min(lanes, gate.blocks_q - first);
+      const cpu::GateExtent extent = cpu::gate_extent(gate, head / gate.heads_q);
+      selector.start(extent);
       strip.compute(head / gate.heads_q, head % gate.heads_q, first, count);
       for (int64_t lane = 0; lane < count; ++lane) {
-        const int64_t row = first + lane, visible = cpu::visible_blocks(gate, row);
+        const int64_t row = first + lane;
+        const int64_t visible = cpu::visible_blocks(extent, gate.causal, row);
         strip.copy_row(lane, visible, scores);
         selector.select(row, visible, params.block_bits + (head * gate.blocks_q + row) * words);
       }

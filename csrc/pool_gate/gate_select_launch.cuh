@@ -30,9 +30,9 @@ inline int kept_blocks(const GateSelectParams& p) {
   return std::max(1, static_cast<int>(std::floor((1.0 - std::sqrt(1.0 - p.value)) * blocks_kv)));
 }
 
-template <class Element, int kDim, int kMTiles>
+template <class Element, int kDim, int kMTiles, bool kPacked>
 cudaError_t launch_threshold(const GateSelectParams& p, cudaStream_t stream) {
-  constexpr auto kKernel = &dev::select_threshold<Element, kDim, kMTiles>;
+  constexpr auto kKernel = &dev::select_threshold<Element, kDim, kMTiles, kPacked>;
   constexpr int kSmemBytes =
       dev::KeyStream<Element, kDim, kMTiles, dev::kThresholdWarps>::kSmemBytes;
   const int64_t tiles = ceil_div(p.gate.blocks_q, 16 * kMTiles * dev::kThresholdWarps);
@@ -41,9 +41,9 @@ cudaError_t launch_threshold(const GateSelectParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <class Element, int kDim, class Rule>
+template <class Element, int kDim, class Rule, bool kPacked>
 cudaError_t launch_ranks(const GateSelectParams& p, cudaStream_t stream) {
-  constexpr auto kKernel = &dev::select_ranks<Element, kDim, Rule>;
+  constexpr auto kKernel = &dev::select_ranks<Element, kDim, Rule, kPacked>;
   int device = 0, most = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
@@ -62,6 +62,12 @@ cudaError_t launch_ranks(const GateSelectParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template <class Element, int kDim, class Rule>
+cudaError_t launch_ranks(const GateSelectParams& p, cudaStream_t stream) {
+  return p.gate.cu_seqlens_q == nullptr ? launch_ranks<Element, kDim, Rule, false>(p, stream)
+                                        : launch_ranks<Element, kDim, Rule, true>(p, stream);
+}
+
 template <GateKey kKey>
 int launch_gate_select_variant(const GateSelectParams& p, CUstream_st* stream) {
   using Element = ElementOf<kKey.dtype>;
@@ -70,10 +76,14 @@ int launch_gate_select_variant(const GateSelectParams& p, CUstream_st* stream) {
       // Twice the rows per CTA halve the traffic of keys; worth it once the GPU is full. A row's
       // result is the same either way.
       constexpr int64_t kEnough = 256;
+      // With the sizes of a packed sequence besides, the wide kernel would not fit its registers.
+      if (p.gate.cu_seqlens_q != nullptr) {
+        return launch_threshold<Element, kKey.dim, 1, true>(p, stream);
+      }
       const int64_t wide = ceil_div(p.gate.blocks_q, 32 * dev::kThresholdWarps);
       return int64_t{p.gate.batch} * p.gate.heads_q * wide >= kEnough
-                 ? launch_threshold<Element, kKey.dim, 2>(p, stream)
-                 : launch_threshold<Element, kKey.dim, 1>(p, stream);
+                 ? launch_threshold<Element, kKey.dim, 2, false>(p, stream)
+                 : launch_threshold<Element, kKey.dim, 1, false>(p, stream);
     }
     case SelectMethod::kTopK:
     case SelectMethod::kDensity: return launch_ranks<Element, kKey.dim, dev::CountRule>(p, stream);

@@ -102,7 +102,7 @@ __device__ __forceinline__ uint32_t word_of_row(uint32_t rows) {
   return rows ^ swap ^ swap << 12;
 }
 
-template <class Element, int kDim, int kMTiles>
+template <class Element, int kDim, int kMTiles, bool kPacked>
 __global__ void __launch_bounds__(32 * kThresholdWarps, kMTiles == 1 ? 4 : 3)
     select_threshold(const __grid_constant__ GateSelectParams p) {
   extern __shared__ __align__(16) char smem[];
@@ -111,19 +111,19 @@ __global__ void __launch_bounds__(32 * kThresholdWarps, kMTiles == 1 ? 4 : 3)
   constexpr int kWarpRows = 16 * kMTiles, kTileRows = kWarpRows * kThresholdWarps;
   constexpr int kRows = 2 * kMTiles;  // of a lane
   const GateScoresParams& gate = p.gate;
-  const GatePlace at = gate_place(gate, kTileRows);
-  const int lane = lane_id(), blocks_q = static_cast<int>(gate.blocks_q);
+  const GatePlace at = gate_place<kPacked>(gate, kTileRows);
+  const int lane = lane_id(), blocks_q = at.blocks_q;
   const int warp_row = at.first_row + thread_id() / 32 * kWarpRows;
   const int end_row = min(warp_row + kWarpRows, blocks_q);  // may be before warp_row: no rows
-  const int columns = visible_blocks(gate, min(at.first_row + kTileRows, blocks_q) - 1);
-  const int fewest = visible_blocks(gate, warp_row);
-  const int most = end_row > warp_row ? visible_blocks(gate, end_row - 1) : 0;
+  const int columns = most_visible(gate, at, at.first_row, at.first_row + kTileRows);
+  const int fewest = visible_blocks(gate, at, warp_row);
+  const int most = most_visible(gate, at, warp_row, end_row);
   const QueryRows<Element, kDim, kMTiles> queries(gate, at, warp_row);
   Stream stream(gate, key_rows(gate, at), smem);
   const auto row_of = [&](int i) { return warp_row + lane / 4 + 8 * i; };
   // How far the lane's row i sees inside a word, in terms of 8 t + e.
   const auto sees = [&](int i, int word) {
-    return visible_blocks(gate, row_of(i)) - word * kWordColumns - 2 * (lane % 4);
+    return visible_blocks(gate, at, row_of(i)) - word * kWordColumns - 2 * (lane % 4);
   };
 
   // The lane's 8 scores of each of its rows: element 2 t + e is column 8 t + 2 (lane % 4) + e. What
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(32 * kThresholdWarps, kMTiles == 1 ? 4 : 3)
 
   const int words = (static_cast<int>(gate.blocks_kv) + 31) / 32;
   uint32_t* bits = reinterpret_cast<uint32_t*>(p.block_bits) +
-                   (int64_t{at.batch} * gate.heads_q + at.head) * blocks_q * words;
+                   (int64_t{at.batch} * gate.heads_q + at.head) * gate.blocks_q * words;
   // Lane i of a quad stores row i of it.
   const int row = row_of(lane % 4);
   const bool stores = lane % 4 < kRows && row < blocks_q;
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(32 * kThresholdWarps, kMTiles == 1 ? 4 : 3)
 #pragma unroll
     for (int i = 0; i < kRows; ++i) rows |= kept[i];
     uint32_t mine = word_of_row(rows);
-    if (forces) mine |= forced_bits(p, row, visible_blocks(gate, row), word);
+    if (forces) mine |= forced_bits(p, blocks_q, row, visible_blocks(gate, at, row), word);
     if (stores) to[word] = mine;
   });
   // Words that no row of the warp sees.
@@ -224,6 +224,10 @@ __global__ void __launch_bounds__(32 * kThresholdWarps, kMTiles == 1 ? 4 : 3)
     for (int word = (most + 31) / 32 + lane; word < words; word += 32) {
       bits[int64_t{i} * words + word] = 0;
     }
+  }
+  if constexpr (kPacked) {
+    clear_rows(bits, words, max(at.first_row, blocks_q),
+               min(at.first_row + kTileRows, static_cast<int>(gate.blocks_q)), kThresholdWarps);
   }
 }
 

@@ -18,25 +18,47 @@ namespace seer::dev {
 
 constexpr int kWordColumns = 32;  // KV blocks per word of block bits: four n-tiles
 
-// What a CTA works on.
+// What a CTA works on, and how many blocks that sequence has: those of the tensors, or fewer where
+// longer ones are packed with it.
 struct GatePlace {
   int batch, head, first_row;
+  int blocks_q, blocks_kv;
 };
 
+// Blocks of sequence b, at most `most` whatever cu_seqlens holds.
+__device__ __forceinline__ int packed_blocks(const int32_t* cu_seqlens, int b, int block,
+                                             int64_t most) {
+  const int64_t rows = max(int64_t{cu_seqlens[b + 1]} - cu_seqlens[b], int64_t{0});
+  return static_cast<int>(min((rows + block - 1) / block, most));
+}
+
 // The longest rows of a causal triangle come first, so that the last CTAs are short ones.
+template <bool kPacked>
 __device__ __forceinline__ GatePlace gate_place(const GateScoresParams& p, int tile_rows) {
   const uint32_t heads = static_cast<uint32_t>(p.batch) * p.heads_q, cta = blockIdx.x;
   const uint32_t tiles = static_cast<uint32_t>((p.blocks_q + tile_rows - 1) / tile_rows);
   const uint32_t head = cta % heads;
-  return {static_cast<int>(head / p.heads_q), static_cast<int>(head % p.heads_q),
-          static_cast<int>(tiles - 1 - cta / heads) * tile_rows};
+  GatePlace at = {static_cast<int>(head / p.heads_q), static_cast<int>(head % p.heads_q),
+                  static_cast<int>(tiles - 1 - cta / heads) * tile_rows,
+                  static_cast<int>(p.blocks_q), static_cast<int>(p.blocks_kv)};
+  if constexpr (kPacked) {
+    at.blocks_q = packed_blocks(p.cu_seqlens_q, at.batch, p.block_q, p.blocks_q);
+    at.blocks_kv = packed_blocks(p.cu_seqlens_kv, at.batch, p.block_kv, p.blocks_kv);
+  }
+  return at;
 }
 
-// Blocks [0, visible) of a row can be seen.
-__device__ __forceinline__ int visible_blocks(const GateScoresParams& p, int row) {
-  const int blocks_kv = static_cast<int>(p.blocks_kv);
-  if (!p.causal) return blocks_kv;
-  return min(max(row + 1 + blocks_kv - static_cast<int>(p.blocks_q), 0), blocks_kv);
+// Blocks [0, visible) of a row of the sequence can be seen.
+__device__ __forceinline__ int visible_blocks(const GateScoresParams& p, const GatePlace& at,
+                                              int row) {
+  if (!p.causal) return at.blocks_kv;
+  return min(max(row + 1 + at.blocks_kv - at.blocks_q, 0), at.blocks_kv);
+}
+// The most that rows [first, end) see; rows past the sequence see nothing.
+__device__ __forceinline__ int most_visible(const GateScoresParams& p, const GatePlace& at,
+                                            int first, int end) {
+  end = min(end, at.blocks_q);
+  return first < end ? visible_blocks(p, at, end - 1) : 0;
 }
 
 __device__ __forceinline__ const char* gate_rows(const ConstView& view, int batch, int head) {
@@ -159,13 +181,21 @@ __device__ __forceinline__ uint32_t bits_of_range(int word, int begin, int end) 
   return (0xffffffffu >> (32 - (to - from))) << from;
 }
 
-// Blocks that a rule keeps whatever their score.
-__device__ __forceinline__ uint32_t forced_bits(const GateSelectParams& p, int row, int visible,
-                                                int word) {
-  if (row >= p.gate.blocks_q - p.dense_last_rows) return bits_of_range(word, 0, visible);
+// Blocks that a rule keeps whatever their score, of a row of a sequence of blocks_q.
+__device__ __forceinline__ uint32_t forced_bits(const GateSelectParams& p, int blocks_q, int row,
+                                                int visible, int word) {
+  if (row >= blocks_q - p.dense_last_rows) return bits_of_range(word, 0, visible);
   const int sink = static_cast<int>(min(p.sink, int64_t{visible}));
   const int local = static_cast<int>(min(p.local, int64_t{visible}));
   return bits_of_range(word, 0, sink) | bits_of_range(word, visible - local, visible);
+}
+
+// Zeroes the words of the rows [first, end) of `bits`, a warp to a row.
+__device__ __forceinline__ void clear_rows(uint32_t* bits, int words, int first, int end,
+                                           int warps) {
+  for (int row = first + thread_id() / 32; row < end; row += warps) {
+    for (int word = lane_id(); word < words; word += 32) bits[int64_t{row} * words + word] = 0;
+  }
 }
 
 __device__ __forceinline__ float exp_of(float x) {

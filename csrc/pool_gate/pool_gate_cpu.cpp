@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <cstring>
 
 #include "common/cpu_buffer.h"
 #include "common/cpu_kernels.h"
@@ -47,8 +48,17 @@ class PoolGateWorker {
   bool ok() const { return scratch_.ok(); }
 
   void run(int64_t b, int64_t head, int64_t tile) {
+    start_ = params_.cu_seqlens == nullptr ? 0 : params_.cu_seqlens[b];
+    length_ = params_.cu_seqlens == nullptr ? params_.rows : params_.cu_seqlens[b + 1] - start_;
     first_ = tile * kTile;
-    count_ = std::min(kTile, ceil_div(params_.rows, params_.block) - first_);
+    const int64_t padded = std::min(kTile, ceil_div(params_.rows, params_.block) - first_);
+    count_ = std::clamp<int64_t>(ceil_div(length_, params_.block) - first_, 0, padded);
+    if (count_ > 0) embed(b, head);
+    if (count_ < padded) clear(b, head, padded);
+  }
+
+ private:
+  void embed(int64_t b, int64_t head) {
     for (int64_t i = 0; i < count_; ++i) pool(b, head, i);
     const int64_t group = params_.heads_out / params_.heads;
     if (params_.weight != nullptr) round_pooled();
@@ -62,7 +72,6 @@ class PoolGateWorker {
     }
   }
 
- private:
   // Channels per block before the projection.
   static int64_t depth(const PoolGateParams& params) {
     return std::popcount(static_cast<unsigned>(params.pools)) * int64_t{params.head_dim};
@@ -75,8 +84,8 @@ class PoolGateWorker {
   }
 
   void pool(int64_t b, int64_t head, int64_t i) {
-    const int64_t row = (first_ + i) * params_.block;
-    const int64_t valid = std::min<int64_t>(params_.block, params_.rows - row);
+    const int64_t block_row = (first_ + i) * params_.block, row = start_ + block_row;
+    const int64_t valid = std::min<int64_t>(params_.block, length_ - block_row);
     const ConstView& x = params_.x;
     kernels_.load_tile(
         params_.dtype,
@@ -138,25 +147,34 @@ class PoolGateWorker {
     }
   }
 
-  void store(int64_t b, int64_t head_out) {
+  int64_t out_stride() const { return int64_t{params_.heads_out} * params_.gate_dim; }
+  char* out_row(int64_t b, int64_t i, int64_t head_out) const {
     const int64_t blocks = ceil_div(params_.rows, params_.block);
-    const int64_t row_stride = int64_t{params_.heads_out} * params_.gate_dim;
-    const int64_t offset = (b * blocks + first_) * row_stride + head_out * params_.gate_dim;
-    kernels_.store_tile(params_.dtype, result_, count_, params_.gate_dim,
-                        static_cast<char*>(params_.out) + offset * size_of(params_.dtype),
-                        row_stride);
+    const int64_t offset = (b * blocks + first_ + i) * out_stride() + head_out * params_.gate_dim;
+    return static_cast<char*>(params_.out) + offset * size_of(params_.dtype);
+  }
+  void store(int64_t b, int64_t head_out) {
+    kernels_.store_tile(params_.dtype, result_, count_, params_.gate_dim, out_row(b, 0, head_out),
+                        out_stride());
+  }
+  // Blocks past the end of a packed sequence.
+  void clear(int64_t b, int64_t head, int64_t padded) {
+    const int64_t group = params_.heads_out / params_.heads;
+    const int64_t bytes = group * params_.gate_dim * size_of(params_.dtype);
+    for (int64_t i = count_; i < padded; ++i) std::memset(out_row(b, i, head * group), 0, bytes);
   }
 
   const PoolGateParams& params_;
   const cpu::Kernels& kernels_;
   cpu::Scratch scratch_;
-  int64_t first_ = 0, count_ = 0;  // blocks of the tile
-  float* rows_ = nullptr;          // [block][head_dim]
-  float* pooled_ = nullptr;        // [tile][pools * head_dim]
-  float* rounded_ = nullptr;       // the same in x's dtype
-  float* weight_ = nullptr;        // [pools * head_dim][lanes]
-  float* product_ = nullptr;       // [tile][lanes]
-  float* result_ = nullptr;        // [tile][gate_dim]
+  int64_t start_ = 0, length_ = 0;  // rows of the sequence
+  int64_t first_ = 0, count_ = 0;   // blocks of the tile that exist
+  float* rows_ = nullptr;           // [block][head_dim]
+  float* pooled_ = nullptr;         // [tile][pools * head_dim]
+  float* rounded_ = nullptr;        // the same in x's dtype
+  float* weight_ = nullptr;         // [pools * head_dim][lanes]
+  float* product_ = nullptr;        // [tile][lanes]
+  float* result_ = nullptr;         // [tile][gate_dim]
 };
 
 }  // namespace
@@ -164,6 +182,11 @@ class PoolGateWorker {
 Status pool_gate_cpu(const PoolGateParams& params, const ParallelFor& parallel_for) {
   if (params.heads == 0) return {};
   if (Status status = check_pool_gate(params); !status.ok()) return status;
+  if (params.cu_seqlens != nullptr) {
+    const Status status = cpu::check_cu_seqlens("cu_seqlens", params.cu_seqlens, params.batch,
+                                                params.total, params.rows);
+    if (!status.ok()) return status;
+  }
   const int64_t tiles = ceil_div(ceil_div(params.rows, params.block), PoolGateWorker::kTile);
   const int64_t jobs = int64_t{params.batch} * params.heads * tiles;
   if (jobs == 0) return {};

@@ -27,6 +27,7 @@
 
 #include "common/async_copy.cuh"
 #include "common/mma_sm80.cuh"
+#include "common/varlen.cuh"
 #include "common/warp.cuh"
 #include "pool_gate/block_pool.cuh"
 #include "pool_gate/variant.h"
@@ -68,8 +69,10 @@ __device__ __forceinline__ void rotate_and_store(const PoolGateParams& p, const 
 // The tile of a CTA: cheap to find again, dear to hold in registers through a product.
 struct PoolTile {
   int batch, head;
-  int first, count;  // blocks
-  int blocks;        // of the whole sequence
+  int first, count;     // blocks that exist
+  int padded;           // blocks of the output: those behind `count` are past a packed sequence
+  int blocks;           // of the output, per batch entry
+  int64_t start, rows;  // of the sequence
 
   __device__ __forceinline__ PoolTile(const PoolGateParams& p, uint32_t cta, int tile_blocks) {
     // Neighbouring CTAs read neighbouring heads of the same rows.
@@ -79,7 +82,17 @@ struct PoolTile {
     const uint32_t tiles = static_cast<uint32_t>(blocks + tile_blocks - 1) / tile_blocks;
     batch = static_cast<int>(rest / tiles);
     first = static_cast<int>(rest % tiles) * tile_blocks;
-    count = min(tile_blocks, blocks - first);
+    padded = min(tile_blocks, blocks - first);
+    start = 0;
+    rows = p.rows;
+    count = padded;
+    if (p.cu_seqlens != nullptr) {
+      const RowRange range = sequence_rows(p.cu_seqlens, batch, p.total, p.rows);
+      start = range.start;
+      rows = range.rows;
+      const int existing = range.rows == 0 ? 0 : (range.rows - 1) / p.block + 1;
+      count = min(max(existing - first, 0), padded);
+    }
   }
 };
 
@@ -100,7 +113,8 @@ class PoolGateCta {
       case 6: run_pools<6>(); break;
       default: run_pools<7>(); break;
     }
-    if (p_.weight == nullptr) return;
+    if (p_.cu_seqlens != nullptr) clear_rest();
+    if (p_.weight == nullptr || tile().count == 0) return;
     __syncthreads();
     p_.gate_dim == 64 ? project<64>() : project<128>();
   }
@@ -123,10 +137,11 @@ class PoolGateCta {
     for (int i = warp(); i < at.count; i += kPoolWarps) {
       const int block = at.first + i;
       const int64_t start = int64_t{block} * p_.block;
-      const int rows = static_cast<int>(min(int64_t{p_.block}, p_.rows - start));
-      const char* x = static_cast<const char*>(p_.x.data) +
-                      2 * (at.batch * p_.x.batch_stride + (start + row) * p_.x.row_stride +
-                           at.head * p_.x.head_stride + chunk * 8);
+      const int rows = static_cast<int>(min(int64_t{p_.block}, at.rows - start));
+      const char* x =
+          static_cast<const char*>(p_.x.data) +
+          2 * (at.batch * p_.x.batch_stride + (at.start + start + row) * p_.x.row_stride +
+               at.head * p_.x.head_stride + chunk * 8);
       Pool pool;
       pool.read(x, 2 * Pool::kRowsPerLoad * p_.x.row_stride, rows);
       pool.reduce(rows);
@@ -141,6 +156,19 @@ class PoolGateCta {
         rotate_and_store<Element>(p_, embedding, c, at.batch, block, at.blocks, at.head);
       }
       __syncwarp();
+    }
+  }
+
+  // Blocks past the end of a packed sequence are 0.
+  __device__ __forceinline__ void clear_rest() {
+    const PoolTile at = tile();
+    const int group = p_.heads_out / p_.heads, chunks = group * p_.gate_dim / 8;
+    const int64_t row = int64_t{p_.heads_out} * p_.gate_dim;
+    Element* out = static_cast<Element*>(p_.out) +
+                   (int64_t{at.batch} * at.blocks + at.first) * row +
+                   int64_t{at.head} * group * p_.gate_dim;
+    for (int i = at.count * chunks + thread_id(); i < at.padded * chunks; i += kPoolThreads) {
+      *reinterpret_cast<uint4*>(out + i / chunks * row + i % chunks * 8) = uint4{0, 0, 0, 0};
     }
   }
 

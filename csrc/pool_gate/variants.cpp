@@ -97,7 +97,8 @@ int find_pool_gate_variant(const PoolGateParams& p, int sm, std::string* why_not
                                std::to_string(p.gate_dim) +
                                ". torch.ops.seer runs it as torch operations.");
   }
-  if (!aligned(p.x, p.batch == 1, p.rows == 1, p.heads == 1)) {
+  const bool packed = p.cu_seqlens != nullptr;
+  if (!aligned(p.x, packed || p.batch == 1, (packed ? p.total : p.rows) == 1, p.heads == 1)) {
     return refuse(why_not, std::string("x") + kMisaligned);
   }
   if (reinterpret_cast<uintptr_t>(p.weight) % 16 != 0) {

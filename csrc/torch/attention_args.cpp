@@ -15,16 +15,6 @@ void check_block(const Op& op, const char* name, int64_t block, bool cuda) {
               "Rebuild the mask at a supported block size.");
 }
 
-void check_cu_seqlens(const Op& op, const char* name, const Tensor& cu, const AttentionArgs& args) {
-  op.rank(name, cu, 1, "[batch + 1]");
-  SEER_EXPECT(op, cu.size(0) >= 1, name, "at least one entry ([batch + 1])", "0 entries",
-              "Pass [0] for an empty batch.");
-  op.dtype(name, cu, ScalarType::Int);
-  op.same_device(name, cu, "q", args.q);
-  SEER_EXPECT(op, cu.is_contiguous(), name, "a contiguous tensor", "strides with gaps",
-              "Call .contiguous() on it.");
-}
-
 }  // namespace
 
 int64_t batch_of(const AttentionArgs& args) {
@@ -87,8 +77,8 @@ void check_attention(const Op& op, const AttentionArgs& args) {
 
   constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
   if (varlen) {
-    check_cu_seqlens(op, "cu_seqlens_q", *args.cu_seqlens_q, args);
-    check_cu_seqlens(op, "cu_seqlens_kv", *args.cu_seqlens_kv, args);
+    op.cu_seqlens("cu_seqlens_q", *args.cu_seqlens_q, "q", q);
+    op.cu_seqlens("cu_seqlens_kv", *args.cu_seqlens_kv, "q", q);
     SEER_EXPECT(op, args.cu_seqlens_kv->size(0) == args.cu_seqlens_q->size(0), "cu_seqlens_kv",
                 number(args.cu_seqlens_q->size(0)) + " entries as cu_seqlens_q has",
                 number(args.cu_seqlens_kv->size(0)), "Describe the same batch in both.");

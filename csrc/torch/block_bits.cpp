@@ -21,7 +21,13 @@ Tensor empty_with_last(const Tensor& like, int64_t leading, int64_t last, Scalar
   std::vector<int64_t> shape;
   for (int64_t d = 0; d < leading; ++d) shape.push_back(like.size(d));
   shape.push_back(last);
-  return torch::stable::new_empty(like, shape, dtype);
+  try {
+    return torch::stable::new_empty(like, shape, dtype);
+  } catch (const std::exception&) {
+    double elements = 1;
+    for (int64_t size : shape) elements *= double(size);
+    no_memory(like, elements, dtype);
+  }
 }
 
 int64_t rows_before_last(const Tensor& tensor) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -101,6 +102,23 @@ class Op {
     if (tensor.size(last) > 1 && tensor.stride(last) != 1) [[unlikely]]
       fail(argument, "a contiguous last dimension",
            "last stride " + std::to_string(tensor.stride(last)), "Call .contiguous() on it.");
+  }
+
+  // Packed sequences: [batch + 1] tokens of a tensor on `other`'s device. Contents are not read.
+  void cu_seqlens(const char* argument, const Tensor& tensor, const char* other_name,
+                  const Tensor& other) const {
+    rank(argument, tensor, 1, "[batch + 1]");
+    SEER_EXPECT(*this, tensor.size(0) >= 1, argument, "at least one entry ([batch + 1])",
+                "0 entries", "Pass [0] for an empty batch.");
+    dtype(argument, tensor, ScalarType::Int);
+    same_device(argument, tensor, other_name, other);
+    SEER_EXPECT(*this, tensor.is_contiguous(), argument, "a contiguous tensor", "strides with gaps",
+                "Call .contiguous() on it.");
+  }
+  void max_rows(const char* argument, int64_t rows) const {
+    SEER_EXPECT(*this, rows >= 1 && rows <= std::numeric_limits<int32_t>::max(), argument,
+                "the longest length, at least 1", number(rows),
+                "Pass it as an int: reading cu_seqlens would stall the GPU.");
   }
 
   // The element types of the attention and gate ops: 16-bit everywhere, float32 on the CPU too.

@@ -28,29 +28,42 @@ DType gate_dtype(const Tensor& tensor) {
 // One call of pool_gate; `out` is allocated and `weight` packed here.
 struct PoolGateCall {
   const Tensor& x;
-  const std::optional<Tensor>&weight, &cos, &sin;
-  int64_t block, pools;
+  const std::optional<Tensor>&weight, &cos, &sin, &cu_seqlens;
+  int64_t block, pools, max_rows;
   Tensor packed, out;
   PoolGateParams params;
 
   PoolGateCall(const Tensor& x_, const std::optional<Tensor>& weight_,
-               const std::optional<Tensor>& cos_, const std::optional<Tensor>& sin_, int64_t block_,
-               int64_t pools_)
-      : x(x_), weight(weight_), cos(cos_), sin(sin_), block(block_), pools(pools_) {
-    check_pool_gate(x, weight, cos, sin, block, pools);
+               const std::optional<Tensor>& cos_, const std::optional<Tensor>& sin_,
+               const std::optional<Tensor>& cu_seqlens_, int64_t block_, int64_t pools_,
+               int64_t max_rows_)
+      : x(x_),
+        weight(weight_),
+        cos(cos_),
+        sin(sin_),
+        cu_seqlens(cu_seqlens_),
+        block(block_),
+        pools(pools_),
+        max_rows(max_rows_) {
+    check_pool_gate(x, weight, cos, sin, cu_seqlens, block, pools, max_rows);
     // Small (heads_out * pools * head_dim * gate_dim): packing it costs less than strided reads.
     if (weight) packed = torch::stable::contiguous(*weight);
     params.dtype = gate_dtype(x);
-    params.batch = static_cast<int>(x.size(0));
-    params.heads = static_cast<int>(x.size(2));
+    const int64_t heads_dim = x.dim() - 2;
+    params.batch = static_cast<int>(cu_seqlens ? cu_seqlens->size(0) - 1 : x.size(0));
+    params.heads = static_cast<int>(x.size(heads_dim));
     params.heads_out = weight ? static_cast<int>(packed.size(0)) : params.heads;
-    params.head_dim = static_cast<int>(x.size(3));
+    params.head_dim = static_cast<int>(x.size(heads_dim + 1));
     params.gate_dim = weight ? static_cast<int>(packed.size(2))
                              : __builtin_popcount(static_cast<unsigned>(pools)) * params.head_dim;
-    params.rows = x.size(1);
+    params.rows = cu_seqlens ? max_rows : x.size(1);
     params.block = static_cast<int>(block);
     params.pools = static_cast<int>(pools);
     params.x = const_view(x);
+    if (cu_seqlens) {
+      params.total = x.size(0);
+      params.cu_seqlens = cu_seqlens->const_data_ptr<int32_t>();
+    }
     params.weight = weight ? packed.const_data_ptr() : nullptr;
     if (cos) {
       params.cos = cos->const_data_ptr<float>();
@@ -61,7 +74,7 @@ struct PoolGateCall {
   }
 
   void allocate() {
-    out = empty({x.size(0), ceil_div(x.size(1), block), params.heads_out, params.gate_dim},
+    out = empty({params.batch, ceil_div(params.rows, block), params.heads_out, params.gate_dim},
                 x.scalar_type(), x);
     params.out = out.mutable_data_ptr();
   }
@@ -70,7 +83,8 @@ struct PoolGateCall {
     if (x.is_cuda()) {
       CudaScope scope(x);
       if (!pool_gate_served(&params, 1)) {
-        return call_op<1>("seer::_pool_gate_torch", x, weight, cos, sin, block, pools)[0];
+        return call_op<1>("seer::_pool_gate_torch", x, weight, cos, sin, cu_seqlens, block, pools,
+                          max_rows)[0];
       }
       allocate();
       kPoolGate.ok(launch_pool_gate(&params, 1, scope.stream()));
@@ -82,8 +96,8 @@ struct PoolGateCall {
   }
 };
 
-GateScoresParams gate_params(const Tensor& q_gate, const Tensor& k_gate,
-                             std::optional<double> scale, bool causal) {
+GateScoresParams gate_params(const GateArgs& args) {
+  const Tensor &q_gate = args.q_gate, &k_gate = args.k_gate;
   GateScoresParams params;
   params.dtype = gate_dtype(q_gate);
   params.batch = static_cast<int>(q_gate.size(0));
@@ -92,9 +106,15 @@ GateScoresParams gate_params(const Tensor& q_gate, const Tensor& k_gate,
   params.gate_dim = static_cast<int>(q_gate.size(3));
   params.blocks_q = q_gate.size(1);
   params.blocks_kv = k_gate.size(1);
-  params.causal = causal;
-  params.scale =
-      static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(params.gate_dim)));
+  params.causal = args.causal;
+  if (args.cu_seqlens_q) {
+    params.cu_seqlens_q = args.cu_seqlens_q->const_data_ptr<int32_t>();
+    params.cu_seqlens_kv = args.cu_seqlens_kv->const_data_ptr<int32_t>();
+  }
+  params.block_q = static_cast<int>(args.block_q);
+  params.block_kv = static_cast<int>(args.block_kv);
+  params.scale = static_cast<float>(
+      args.scale ? *args.scale : 1.0 / std::sqrt(static_cast<double>(params.gate_dim)));
   params.q_gate = const_view(q_gate);
   params.k_gate = const_view(k_gate);
   return params;
@@ -103,21 +123,21 @@ GateScoresParams gate_params(const Tensor& q_gate, const Tensor& k_gate,
 }  // namespace
 
 Tensor pool_gate(const Tensor& x, const std::optional<Tensor>& weight,
-                 const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, int64_t block,
-                 int64_t pools) {
-  return PoolGateCall(x, weight, cos, sin, block, pools).run();
+                 const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                 const std::optional<Tensor>& cu_seqlens, int64_t block, int64_t pools,
+                 int64_t max_rows) {
+  return PoolGateCall(x, weight, cos, sin, cu_seqlens, block, pools, max_rows).run();
 }
 
-std::tuple<Tensor, Tensor> pool_gate_pair(const Tensor& q, const Tensor& k,
-                                          const std::optional<Tensor>& weight_q,
-                                          const std::optional<Tensor>& weight_k,
-                                          const std::optional<Tensor>& cos_q,
-                                          const std::optional<Tensor>& sin_q,
-                                          const std::optional<Tensor>& cos_k,
-                                          const std::optional<Tensor>& sin_k, int64_t block_q,
-                                          int64_t block_kv, int64_t pools_q, int64_t pools_k) {
-  PoolGateCall call_q(q, weight_q, cos_q, sin_q, block_q, pools_q);
-  PoolGateCall call_k(k, weight_k, cos_k, sin_k, block_kv, pools_k);
+std::tuple<Tensor, Tensor> pool_gate_pair(
+    const Tensor& q, const Tensor& k, const std::optional<Tensor>& weight_q,
+    const std::optional<Tensor>& weight_k, const std::optional<Tensor>& cos_q,
+    const std::optional<Tensor>& sin_q, const std::optional<Tensor>& cos_k,
+    const std::optional<Tensor>& sin_k, int64_t block_q, int64_t block_kv, int64_t pools_q,
+    int64_t pools_k, const std::optional<Tensor>& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_kv, int64_t max_rows_q, int64_t max_rows_kv) {
+  PoolGateCall call_q(q, weight_q, cos_q, sin_q, cu_seqlens_q, block_q, pools_q, max_rows_q);
+  PoolGateCall call_k(k, weight_k, cos_k, sin_k, cu_seqlens_kv, block_kv, pools_k, max_rows_kv);
   kPoolGate.same_device("k", k, "q", q);
   if (q.is_cuda()) {
     CudaScope scope(q);
@@ -134,10 +154,14 @@ std::tuple<Tensor, Tensor> pool_gate_pair(const Tensor& q, const Tensor& k,
   return {call_q.run(), call_k.run()};
 }
 
-Tensor gate_scores(const Tensor& q_gate, const Tensor& k_gate, std::optional<double> scale,
-                   bool causal) {
-  check_gate_scores(q_gate, k_gate, scale, causal);
-  GateScoresParams params = gate_params(q_gate, k_gate, scale, causal);
+Tensor gate_scores(const Tensor& q_gate, const Tensor& k_gate,
+                   const std::optional<Tensor>& cu_seqlens_q,
+                   const std::optional<Tensor>& cu_seqlens_kv, std::optional<double> scale,
+                   bool causal, int64_t block_q, int64_t block_kv) {
+  const GateArgs args = {q_gate, k_gate, cu_seqlens_q, cu_seqlens_kv,
+                         scale,  causal, block_q,      block_kv};
+  check_gate_scores(args);
+  GateScoresParams params = gate_params(args);
   const auto allocate = [&] {
     Tensor scores = empty({q_gate.size(0), q_gate.size(2), params.blocks_q, params.blocks_kv},
                           ScalarType::Float, q_gate);
@@ -151,19 +175,24 @@ Tensor gate_scores(const Tensor& q_gate, const Tensor& k_gate, std::optional<dou
   }
   CudaScope scope(q_gate);
   if (!gate_scores_served(params)) {
-    return call_op<1>("seer::_gate_scores_torch", q_gate, k_gate, scale, causal)[0];
+    return call_op<1>("seer::_gate_scores_torch", q_gate, k_gate, cu_seqlens_q, cu_seqlens_kv,
+                      scale, causal, block_q, block_kv)[0];
   }
   Tensor scores = allocate();
   kGateScores.ok(launch_gate_scores(params, scope.stream()));
   return scores;
 }
 
-Tensor gate_select(const Tensor& q_gate, const Tensor& k_gate, std::optional<double> scale,
+Tensor gate_select(const Tensor& q_gate, const Tensor& k_gate,
+                   const std::optional<Tensor>& cu_seqlens_q,
+                   const std::optional<Tensor>& cu_seqlens_kv, std::optional<double> scale,
                    bool causal, int64_t method, double value, int64_t sink, int64_t local,
-                   int64_t dense_last_rows) {
-  check_gate_select(q_gate, k_gate, scale, causal, method, value, sink, local, dense_last_rows);
+                   int64_t dense_last_rows, int64_t block_q, int64_t block_kv) {
+  const GateArgs args = {q_gate, k_gate, cu_seqlens_q, cu_seqlens_kv,
+                         scale,  causal, block_q,      block_kv};
+  check_gate_select(args, method, value, sink, local, dense_last_rows);
   GateSelectParams params;
-  params.gate = gate_params(q_gate, k_gate, scale, causal);
+  params.gate = gate_params(args);
   params.method = static_cast<SelectMethod>(method);
   params.value = value;
   params.sink = sink;
@@ -183,8 +212,9 @@ Tensor gate_select(const Tensor& q_gate, const Tensor& k_gate, std::optional<dou
   }
   CudaScope scope(q_gate);
   if (!gate_select_served(params)) {
-    return call_op<1>("seer::_gate_select_torch", q_gate, k_gate, scale, causal, method, value,
-                      sink, local, dense_last_rows)[0];
+    return call_op<1>("seer::_gate_select_torch", q_gate, k_gate, cu_seqlens_q, cu_seqlens_kv,
+                      scale, causal, method, value, sink, local, dense_last_rows, block_q,
+                      block_kv)[0];
   }
   Tensor bits = allocate();
   kGateSelect.ok(launch_gate_select(params, scope.stream()));

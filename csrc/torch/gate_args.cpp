@@ -15,7 +15,7 @@ constexpr Op kGateScores{"gate_scores"};
 constexpr Op kGateSelect{"gate_select"};
 
 void check_rope(const Tensor& x, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                int64_t blocks, int64_t gate_dim) {
+                int64_t batch, int64_t blocks, int64_t gate_dim) {
   if (cos.has_value() != sin.has_value())
     kPoolGate.fail(cos ? "sin" : "cos", "cos and sin together", "only one of them",
                    "Pass both for RoPE, or neither.");
@@ -27,10 +27,10 @@ void check_rope(const Tensor& x, const std::optional<Tensor>& cos, const std::op
     const bool rank = table.dim() == 2 || table.dim() == 3;
     const bool fits = rank && table.size(table.dim() - 2) == blocks &&
                       2 * table.size(table.dim() - 1) <= gate_dim &&
-                      (table.dim() == 2 || table.size(0) == 1 || table.size(0) == x.size(0));
+                      (table.dim() == 2 || table.size(0) == 1 || table.size(0) == batch);
     SEER_EXPECT(kPoolGate, fits, name,
                 "[blocks = " + number(blocks) + ", at most " + number(gate_dim / 2) +
-                    "], with or without a leading batch of " + number(x.size(0)) + " or 1",
+                    "], with or without a leading batch of " + number(batch) + " or 1",
                 "shape " + shape_of(table),
                 "Evaluate RoPE at each block's first token, one column per channel pair.");
     SEER_EXPECT(kPoolGate, table.is_contiguous(), name, "a contiguous tensor", "strides with gaps",
@@ -41,8 +41,28 @@ void check_rope(const Tensor& x, const std::optional<Tensor>& cos, const std::op
               "Build both tables together.");
 }
 
-void check_gates(const Op& op, const Tensor& q_gate, const Tensor& k_gate,
-                 std::optional<double> scale) {
+void check_lengths(const Op& op, const GateArgs& args) {
+  if (args.cu_seqlens_q.has_value() != args.cu_seqlens_kv.has_value())
+    op.fail(args.cu_seqlens_q ? "cu_seqlens_kv" : "cu_seqlens_q",
+            "cu_seqlens_q and cu_seqlens_kv together", "only one of them",
+            "Pass both for packed sequences, or neither.");
+  for (const auto& [name, block] : {std::pair<const char*, int64_t>{"block_q", args.block_q},
+                                    std::pair<const char*, int64_t>{"block_kv", args.block_kv}})
+    SEER_EXPECT(op, block >= 1 && block <= std::numeric_limits<int32_t>::max(), name,
+                "1 to 2^31 - 1 rows", number(block), "Use 64.");
+  if (!args.cu_seqlens_q) return;
+  for (const auto& [name, cu] :
+       {std::pair<const char*, const Tensor&>{"cu_seqlens_q", *args.cu_seqlens_q},
+        std::pair<const char*, const Tensor&>{"cu_seqlens_kv", *args.cu_seqlens_kv}}) {
+    op.cu_seqlens(name, cu, "q_gate", args.q_gate);
+    SEER_EXPECT(op, cu.size(0) == args.q_gate.size(0) + 1, name,
+                number(args.q_gate.size(0) + 1) + " entries, batch + 1 of q_gate",
+                number(cu.size(0)), "Embed these sequences with pool_gate.");
+  }
+}
+
+void check_gates(const Op& op, const GateArgs& args) {
+  const Tensor &q_gate = args.q_gate, &k_gate = args.k_gate;
   op.rank("q_gate", q_gate, 4, "[batch, blocks_q, heads_q, gate_dim]");
   op.rank("k_gate", k_gate, 4, "[batch, blocks_kv, heads_k, gate_dim]");
   op.same_device("k_gate", k_gate, "q_gate", q_gate);
@@ -61,26 +81,33 @@ void check_gates(const Op& op, const Tensor& q_gate, const Tensor& k_gate,
               "Use heads_q or heads_kv heads.");
   op.unit_last_stride("q_gate", q_gate);
   op.unit_last_stride("k_gate", k_gate);
-  if (scale)
-    SEER_EXPECT(op, std::isfinite(static_cast<float>(*scale)), "scale", "a finite float32 number",
-                number(*scale), "Leave it out for gate_dim ** -0.5.");
+  if (args.scale)
+    SEER_EXPECT(op, std::isfinite(static_cast<float>(*args.scale)), "scale",
+                "a finite float32 number", number(*args.scale),
+                "Leave it out for gate_dim ** -0.5.");
+  check_lengths(op, args);
 }
 
 }  // namespace
 
 void check_pool_gate(const Tensor& x, const std::optional<Tensor>& weight,
                      const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                     int64_t block, int64_t pools) {
-  kPoolGate.rank("x", x, 4, "[batch, rows, heads, head_dim]");
+                     const std::optional<Tensor>& cu_seqlens, int64_t block, int64_t pools,
+                     int64_t max_rows) {
+  const int64_t rank = cu_seqlens ? 3 : 4;
+  kPoolGate.rank("x", x, rank,
+                 cu_seqlens ? "[total, heads, head_dim] with cu_seqlens"
+                            : "[batch, rows, heads, head_dim], or cu_seqlens with packed rows");
+  const int64_t head_dim = x.size(rank - 1), heads = x.size(rank - 2);
   if (x.scalar_type() != ScalarType::Float) kPoolGate.float_dtype("x", x);
   kPoolGate.unit_last_stride("x", x);
-  SEER_EXPECT(kPoolGate, x.size(3) >= 1, "x", "head_dim of at least 1", "head_dim 0",
+  SEER_EXPECT(kPoolGate, head_dim >= 1, "x", "head_dim of at least 1", "head_dim 0",
               "Pass q or k before RoPE.");
   SEER_EXPECT(kPoolGate, block >= 1 && block <= std::numeric_limits<int32_t>::max(), "block",
               "1 to 2^31 - 1 rows", number(block), "Use 64.");
   SEER_EXPECT(kPoolGate, pools >= 1 && pools <= 7, "pools", "a bit set of 1 max, 2 min, 4 avg",
               number(pools), "Use 4 for avg or 7 for max, min and avg.");
-  const int64_t channels = __builtin_popcountll(static_cast<uint64_t>(pools)) * x.size(3);
+  const int64_t channels = __builtin_popcountll(static_cast<uint64_t>(pools)) * head_dim;
   int64_t gate_dim = channels;
   if (weight) {
     kPoolGate.rank("weight", *weight, 3, "[heads_out, pools * head_dim, gate_dim]");
@@ -89,7 +116,7 @@ void check_pool_gate(const Tensor& x, const std::optional<Tensor>& weight,
     SEER_EXPECT(kPoolGate, weight->size(1) == channels, "weight",
                 number(channels) + " input channels (pools * head_dim)",
                 "shape " + shape_of(*weight), "Match the gate's pooling to its weight.");
-    const int64_t heads = x.size(2), heads_out = weight->size(0);
+    const int64_t heads_out = weight->size(0);
     SEER_EXPECT(kPoolGate, heads_out == 0 || (heads > 0 && heads_out % heads == 0), "weight",
                 "a multiple of x's " + number(heads) + " heads", "heads_out = " + number(heads_out),
                 "One matrix per output head; the heads of a group read one input head.");
@@ -97,18 +124,20 @@ void check_pool_gate(const Tensor& x, const std::optional<Tensor>& weight,
     SEER_EXPECT(kPoolGate, gate_dim >= 1, "weight", "gate_dim of at least 1", "gate_dim 0",
                 "Give the gate a width.");
   }
-  check_rope(x, cos, sin, ceil_div(x.size(1), block), gate_dim);
+  int64_t batch = x.size(0), rows = rank == 4 ? x.size(1) : max_rows;
+  if (cu_seqlens) {
+    kPoolGate.cu_seqlens("cu_seqlens", *cu_seqlens, "x", x);
+    kPoolGate.max_rows("max_rows", max_rows);
+    batch = cu_seqlens->size(0) - 1;
+  }
+  check_rope(x, cos, sin, batch, ceil_div(rows, block), gate_dim);
 }
 
-void check_gate_scores(const Tensor& q_gate, const Tensor& k_gate, std::optional<double> scale,
-                       bool /*causal*/) {
-  check_gates(kGateScores, q_gate, k_gate, scale);
-}
+void check_gate_scores(const GateArgs& args) { check_gates(kGateScores, args); }
 
-void check_gate_select(const Tensor& q_gate, const Tensor& k_gate, std::optional<double> scale,
-                       bool /*causal*/, int64_t method, double value, int64_t sink, int64_t local,
-                       int64_t dense_last_rows) {
-  check_gates(kGateSelect, q_gate, k_gate, scale);
+void check_gate_select(const GateArgs& args, int64_t method, double value, int64_t sink,
+                       int64_t local, int64_t dense_last_rows) {
+  check_gates(kGateSelect, args);
   const std::string got = number(value);
   const char* help = "See seer_cuda.gate_select for the methods and their values.";
   switch (static_cast<SelectMethod>(method)) {

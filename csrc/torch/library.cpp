@@ -16,14 +16,19 @@
 #define SEER_ATTN_POOL_ARGS                                                                       \
   "(Tensor q, Tensor k, Tensor v, *, " SEER_ATTN_TAIL ", bool per_token=False, " SEER_VARLEN_TAIL \
   ", int reduce=0"
-#define SEER_POOL_GATE_ARGS                                                                  \
-  "(Tensor x, Tensor? weight=None, Tensor? cos=None, Tensor? sin=None, *, SymInt block=64, " \
-  "int pools=4)"
-#define SEER_GATE_SCORES_ARGS \
-  "(Tensor q_gate, Tensor k_gate, *, float? scale=None, bool causal=True)"
-#define SEER_GATE_SELECT_ARGS                                                             \
-  "(Tensor q_gate, Tensor k_gate, *, float? scale=None, bool causal=True, int method=0, " \
-  "float value=0.0, SymInt sink=0, SymInt local=0, SymInt dense_last_rows=0)"
+// Tensors of the gate's ops are positional: torch.library.register_autograd wants them so.
+#define SEER_POOL_GATE_ARGS                                                                 \
+  "(Tensor x, Tensor? weight=None, Tensor? cos=None, Tensor? sin=None, Tensor? cu_seqlens=" \
+  "None, *, SymInt block=64, int pools=4, SymInt max_rows=0)"
+#define SEER_GATE_ARGS                                                                        \
+  "(Tensor q_gate, Tensor k_gate, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_kv=None, *, " \
+  "float? scale=None, bool causal=True"
+#define SEER_GATE_BLOCKS ", SymInt block_q=64, SymInt block_kv=64)"
+#define SEER_GATE_SCORES_ARGS SEER_GATE_ARGS SEER_GATE_BLOCKS
+#define SEER_GATE_SELECT_ARGS                                               \
+  SEER_GATE_ARGS                                                            \
+  ", int method=0, float value=0.0, SymInt sink=0, SymInt local=0, SymInt " \
+  "dense_last_rows=0" SEER_GATE_BLOCKS
 
 STABLE_TORCH_LIBRARY(seer, m) {
   // Attention over the kept blocks; block_bits None keeps every block.
@@ -50,7 +55,7 @@ STABLE_TORCH_LIBRARY(seer, m) {
   m.def(
       "_pool_gate_pair(Tensor q, Tensor k, Tensor? weight_q, Tensor? weight_k, Tensor? cos_q, "
       "Tensor? sin_q, Tensor? cos_k, Tensor? sin_k, SymInt block_q, SymInt block_kv, int pools_q, "
-      "int pools_k) -> (Tensor q_gate, Tensor k_gate)");
+      "int pools_k, " SEER_VARLEN_TAIL ") -> (Tensor q_gate, Tensor k_gate)");
   // Ops as torch operations, for what no compiled CUDA kernel serves. Implemented in Python.
   m.def("_attn_pool_torch" SEER_ATTN_POOL_ARGS ") -> (Tensor out, Tensor lse, Tensor pooled)");
   m.def("_pool_gate_torch" SEER_POOL_GATE_ARGS " -> Tensor");

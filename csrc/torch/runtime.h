@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <initializer_list>
 #include <stdexcept>
+#include <string>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -22,14 +23,31 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 struct CUstream_st;
 
-// Throws torch's own text for a failed call of its C interface. The macro was renamed after 2.11.
-#ifdef STABLE_TORCH_ERROR_CODE_CHECK
-#define SEER_TORCH_CHECK(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
-#else
-#define SEER_TORCH_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
-#endif
+// Since torch 2.13, absent before: what the last exception said that torch's C interface swallowed.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace seer::binding {
+
+// For a call of torch's C interface that gave nothing: no memory is left, or an earlier fault has
+// spoilt the CUDA context.
+[[noreturn]] inline void torch_failed(const std::string& expected, const std::string& remedy) {
+  std::string text = "seer: torch: expected " + expected + ", got none. " + remedy;
+  if (torch_exception_get_what_without_backtrace != nullptr)
+    text += std::string(" torch says: ") + torch_exception_get_what_without_backtrace();
+  throw std::runtime_error(text);
+}
+
+[[noreturn]] inline void no_memory(const Tensor& like, double elements, ScalarType dtype) {
+  torch_failed("memory for " + number(elements) + " elements of " +
+                   torch::headeronly::toString(dtype) + " on " + device_of(like),
+               "Free some, or take fewer rows or heads at a time.");
+}
+
+inline void torch_ok(AOTITorchError error, const char* call) {
+  if (error != TORCH_SUCCESS) [[unlikely]]
+    torch_failed("a result of " + std::string(call),
+                 "Free memory if there is none; see also the error before this one.");
+}
 
 // Contiguous tensor on like's device, `tail` more elements in the same allocation behind it.
 // aoti_torch_empty_strided is the cheapest allocator of the stable ABI (2.6 us a call against 5.5
@@ -48,17 +66,20 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
   }
   const auto allocate = [&](int dims, const int64_t* extents, const int64_t* steps) {
     AtenTensorHandle handle = nullptr;
-    SEER_TORCH_CHECK(aoti_torch_empty_strided(
+    const AOTITorchError error = aoti_torch_empty_strided(
         dims, extents, steps,
         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-        static_cast<int32_t>(like.device().type()), like.device().index(), &handle));
+        static_cast<int32_t>(like.device().type()), like.device().index(), &handle);
+    if (error != TORCH_SUCCESS) [[unlikely]]
+      no_memory(like, double(elements) + double(tail), dtype);
     return Tensor(handle);
   };
   if (tail == 0) return allocate(rank, shape, strides);
   const int64_t room = elements + tail, unit = 1;
   AtenTensorHandle handle = nullptr;
-  SEER_TORCH_CHECK(aoti_torch__reinterpret_tensor(allocate(1, &room, &unit).get(), rank, shape,
-                                                  strides, 0, &handle));
+  torch_ok(aoti_torch__reinterpret_tensor(allocate(1, &room, &unit).get(), rank, shape, strides, 0,
+                                          &handle),
+           "aoti_torch__reinterpret_tensor");
   return Tensor(handle);
 }
 
@@ -71,7 +92,8 @@ class CudaScope {
           "seer: libtorch_cuda: expected a torch built with CUDA, got a CPU-only torch. "
           "Install a CUDA build of torch.");
     void* stream = nullptr;
-    SEER_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    torch_ok(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream),
+             "aoti_torch_get_current_cuda_stream");
     stream_ = static_cast<CUstream_st*>(stream);
   }
   CUstream_st* stream() const { return stream_; }
@@ -86,7 +108,7 @@ template <size_t kResults, class... Args>
 std::array<Tensor, kResults> call_op(const char* name, const Args&... args) {
   static_assert(kResults <= sizeof...(Args), "results take the places of the arguments");
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  SEER_TORCH_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  torch_ok(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION), name);
   std::array<Tensor, kResults> results;
   for (size_t i = 0; i < kResults; ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
   return results;

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 import seer_cuda
 from seer_cuda import BlockMask
+from seer_cuda._timing import median_ms
 from seer_cuda.demo.config import DemoConfig
 from seer_cuda.demo.model import AttentionInput, CausalLM, next_byte_loss
 from seer_cuda.demo.text import Corpus
@@ -295,28 +295,3 @@ class Quality:
                 best = gain[head].item(), example
         assert best is not None, "measured before the dense pass"
         return best[1]
-
-
-def median_ms(
-    calls: Mapping[Hashable, Callable[[], object]], repeats: int, at_once: int = 1
-) -> dict[Hashable, float]:
-    """Median wall time of each call in milliseconds, `at_once` calls timed together.
-
-    The calls take turns, so that whatever else the machine does meets all of them alike.
-    """
-    times: dict[Hashable, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats + 1):
-        for name, call in calls.items():
-            _wait_for_device()
-            start = time.perf_counter()
-            for _ in range(at_once):
-                call()
-            _wait_for_device()
-            times[name].append(1e3 * (time.perf_counter() - start) / at_once)
-    # The first round warms up.
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
-
-
-def _wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -27,18 +27,22 @@ struct PoolGateParams {
   int heads_out = 0;  // multiple of heads: output head h reads input head h / (heads_out / heads)
   int head_dim = 0;
   int gate_dim = 0;
-  int64_t rows = 0;
+  int64_t rows = 0;   // packed sequences: the longest
+  int64_t total = 0;  // packed rows, with cu_seqlens only
   int block = 64;
   int pools = kPoolAvg;
   // Inputs.
-  ConstView x;  // [batch, rows, heads, head_dim]
+  ConstView x;  // [batch, rows, heads, head_dim], or packed [total, heads, head_dim]
+  // [batch + 1]: blocks count from each sequence's own start. Null: not packed.
+  const int32_t* cu_seqlens = nullptr;
   const void* weight =
       nullptr;  // [heads_out, pools * head_dim, gate_dim] of x's dtype, contiguous; or nullptr
   const float* cos = nullptr;  // [batch|1, blocks, rotary_dim / 2] contiguous; both or neither
   const float* sin = nullptr;
   int rotary_dim = 0;             // channels [0, rotary_dim) rotate, halves paired (NeoX)
   int64_t rope_batch_stride = 0;  // 0 broadcasts
-  // Output [batch, blocks, heads_out, gate_dim] of x's dtype, contiguous.
+  // Output [batch, blocks, heads_out, gate_dim] of x's dtype, contiguous; 0 past the end of a
+  // sequence that is shorter than `rows`.
   void* out = nullptr;
 };
 
@@ -51,6 +55,12 @@ struct GateScoresParams {
   int64_t blocks_q = 0;
   int64_t blocks_kv = 0;
   bool causal = true;  // block j is visible to block i iff j <= i + blocks_kv - blocks_q
+  // Packed sequences: [batch + 1] tokens; sequence n has ceil(length / block) blocks, at most
+  // blocks_q and blocks_kv, and the rule counts its own. Nothing past them is visible. Both or null.
+  const int32_t* cu_seqlens_q = nullptr;
+  const int32_t* cu_seqlens_kv = nullptr;
+  int block_q = 64;
+  int block_kv = 64;
   float scale = 1.0f;
   ConstView q_gate;  // [batch, blocks_q, heads_q, gate_dim]
   ConstView k_gate;  // [batch, blocks_kv, heads_k, gate_dim]

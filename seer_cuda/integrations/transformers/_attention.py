@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from seer_cuda.gate_cache import GateKeyCache
 from seer_cuda.integrations.transformers._distil import layer_loss
 from seer_cuda.integrations.transformers._plan import Span
-from seer_cuda.integrations.transformers._state import LAYER, NAME, Kept, Layer, gate_of
+from seer_cuda.integrations.transformers._state import (
+    LAYER,
+    NAME,
+    Kept,
+    Layer,
+    Prompt,
+    gate_of,
+)
 from seer_cuda.ops import attn_pool, block_sparse_attn
 from seer_cuda.prefill import gate_mask
 
@@ -179,6 +186,11 @@ def _sparse(
     # A cache of fixed size has rows after these that hold nothing yet.
     k, v = (_cut(x, span, span.start, plan.past + span.end) for x in (k, v))
     block = gate.config.block
+    choice = layer.state.choice
+    if choice is not None and first == 0:
+        k_before = _cut(before[1], span, span.begin, span.end)
+        mask = choice(Prompt(layer.index, q, k, v, q_before, k_before, gate, scale))
+        return block_sparse_attn(q, k, v, mask, scale=scale)
     dense = rows if first and rows < block else min(-first % block, rows)
     parts = []
     if dense:

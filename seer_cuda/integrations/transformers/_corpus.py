@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,11 +60,16 @@ class Corpus:
 def load(path: Path, tokenizer: Any) -> Corpus:
     """Reads a text file, or all UTF-8 files of a folder in the order of their names.
 
+    A ``.npy`` file holds the tokens themselves: large text need not go through the tokenizer in
+    every run.
+
     Raises:
-        RunError: no such path, or no text in it.
+        RunError: no such path, no text in it, or tokens that the tokenizer does not have.
     """
     if not path.exists():
         raise RunError(f"--text: expected a file or folder, got {path}, which does not exist.")
+    if path.suffix == ".npy":
+        return _divided(_tokens(path, len(tokenizer)))
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     parts = []
     for file in files:
@@ -76,6 +82,27 @@ def load(path: Path, tokenizer: Any) -> Corpus:
             parts.append(torch.tensor(ids, dtype=torch.int64))
     if not parts:
         raise RunError(f"--text: expected UTF-8 text in {path}, got none.")
-    tokens = torch.cat(parts)
+    return _divided(torch.cat(parts))
+
+
+def _tokens(path: Path, vocabulary: int) -> Tensor:
+    try:
+        tokens = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise RunError(f"--text: expected an array of tokens in {path}, got: {error}.") from error
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise RunError(
+            f"--text: expected integers [tokens] in {path}, got {tokens.dtype} "
+            f"{list(tokens.shape)}. Save one array of token ids."
+        )
+    if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise RunError(
+            f"--text: expected tokens from 0 to {vocabulary - 1} in {path}, got "
+            f"{int(tokens.min())} to {int(tokens.max())}. Use the model's own tokenizer."
+        )
+    return torch.from_numpy(tokens.astype(np.int64))
+
+
+def _divided(tokens: Tensor) -> Corpus:
     cut = tokens.numel() - int(HELD_OUT * tokens.numel())
     return Corpus(tokens[:cut], tokens[cut:])

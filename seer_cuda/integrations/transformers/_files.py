@@ -45,7 +45,7 @@ def save_gates(
 
     Args:
         model: With gates.
-        folder: Made if it is not there. Each file is replaced as a whole.
+        folder: Made if it is not there. Both files are written before either is replaced.
         format: ``"pth"`` is what the reference implementation reads.
 
     Returns:
@@ -69,17 +69,19 @@ def save_gates(
     base = state.base.config
     config = json.loads(base.to_json_string(use_diff=False))
     config |= {"base_model": base._name_or_path} | state.config.released(own[0].config.gate_dim)
+    save = torch.save
     if format == "safetensors":
-        from safetensors.torch import save_file
-
-        _replace(folder / WEIGHTS[format], lambda path: save_file(weights, path))
-    else:
-        _replace(folder / WEIGHTS[format], lambda path: torch.save(weights, path))
+        from safetensors.torch import save_file as save
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    _replace(
+        {
+            folder / WEIGHTS[format]: lambda path: save(weights, path),
+            folder / "config.json": lambda path: path.write_text(text),
+        }
+    )
     # A folder has one set of weights, or a reader could take the old one.
     for other in set(WEIGHTS) - {format}:
         (folder / WEIGHTS[other]).unlink(missing_ok=True)
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    _replace(folder / "config.json", lambda path: path.write_text(text))
     return folder / WEIGHTS[format]
 
 
@@ -180,14 +182,18 @@ def _existing(folder: Path, names: list[str]) -> Path:
     )
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside the file, then puts it in place: a kill leaves the old one."""
-    part = path.with_name(f".{path.name}.part")
+def _replace(files: dict[Path, Callable[[Path], Any]]) -> None:
+    """Writes all beside their places, then puts them there: a kill or a full disk while they are
+    written leaves the old ones, which belong together."""
+    parts = {path: path.with_name(f".{path.name}.part") for path in files}
     try:
-        write(part)
-        os.replace(part, path)
+        for path, write in files.items():
+            write(parts[path])
+        for path, part in parts.items():
+            os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 
 def _range(layers: dict[int, Any]) -> str:

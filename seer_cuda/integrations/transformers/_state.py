@@ -8,6 +8,7 @@ deep copy of a model has state of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -47,6 +48,28 @@ class Kept:
         return stored is not None and self.made_of() is stored
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What a layer's attention is given for whole sequences of one length.
+
+    Attributes:
+        layer: Index of the layer.
+        q, k, v: ``[batch, rows, heads, head_dim]``, q and k after RoPE.
+        q_before, k_before: q and k before RoPE.
+        gate: Of the layer.
+        scale: Softmax scale; None: the default.
+    """
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_before: Tensor
+    k_before: Tensor
+    gate: AttnGate
+    scale: float | None
+
+
 class State:
     """Of a model."""
 
@@ -58,6 +81,8 @@ class State:
         self.handles: list[Any] = []
         self.frozen: list[nn.Parameter] = []
         self.observer: Callable[[int, BlockMask], None] | None = None
+        # Evaluation puts another choice of blocks in the gate's place; None keeps all.
+        self.choice: Callable[[Prompt], BlockMask | None] | None = None
         self.forget()
 
     def forget(self) -> None:

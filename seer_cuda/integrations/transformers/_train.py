@@ -81,7 +81,7 @@ def distill(options: Distill) -> Path:
             f"--out: expected another folder than --model, whose config.json gates would replace, "
             f"got {options.out}."
         )
-    model, tokenizer = _model(options.model, options.device)
+    model, tokenizer = open_model(options.model, options.device)
     corpus = load(Path(options.text), tokenizer)
     attach(model, SeerConfig("distilling"), dtype=torch.float32)
     torch.manual_seed(options.seed)
@@ -246,7 +246,7 @@ def evaluate(
     """
     if context < 2 or windows < 1:
         raise RunError("--context, --windows: expected at least 2 tokens and 1 window, got less.")
-    model, tokenizer = _model(model_folder, device)
+    model, tokenizer = open_model(model_folder, device)
     tokens = load(Path(text), tokenizer).evaluation(windows, context)
     load_gates(model, gates_folder)
     configure(model, rule=rule)
@@ -270,10 +270,11 @@ def _perplexity(model: nn.Module, tokens: Tensor) -> float:
         for rows, targets in zip(hidden.split(1024), ids[0, 1:].split(1024), strict=True):
             loss = nn.functional.cross_entropy(head(rows).float(), targets, reduction="sum")
             total += loss.item()
-    return math.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1)))
+    mean = total / (tokens.shape[0] * (tokens.shape[1] - 1))
+    return torch.tensor(mean, dtype=torch.float64).exp().item()  # inf where math.exp raises
 
 
-def _model(folder: str, device: str) -> tuple[Any, Any]:
+def open_model(folder: str, device: str) -> tuple[Any, Any]:
     """A local model, bf16 on a GPU, and its tokenizer."""
     if not Path(folder, "config.json").is_file():
         raise RunError(

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity by density: a model's gates beside the oracle and choices that need no training.
+
+Under the density rule every method is a score of blocks, and one rule picks from all of them: each
+row keeps its diagonal block and the best others, k = max(1, floor((1 - sqrt(1 - density)) blocks))
+in all (every visible block where a row has fewer). So all methods keep equally many blocks in every
+row of every head. Thresholds go the way of the product: `gate_mask` with the diagonal kept.
+
+Losses of all methods are those of the same tokens, so their differences are paired.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seer_cuda import heuristics, select
+from seer_cuda._timing import median_ms
+from seer_cuda.block_mask import BlockMask
+from seer_cuda.integrations.transformers._attach import attached_config, configure, state_of
+from seer_cuda.integrations.transformers._state import Prompt
+from seer_cuda.ops import attn_pool, block_sparse_attn
+from seer_cuda.prefill import gate_mask
+from seer_cuda.select import Rule
+
+DENSE, GATE, ORACLE = "dense", "learned gate", "oracle"
+SINK_LOCAL, RANDOM = "sink + local", "random"
+VERTICAL_SLASH, ANTIDIAGONAL, POOLED = "vertical-slash", "antidiagonal", "pooled q.k"
+BASELINES = (ORACLE, VERTICAL_SLASH, ANTIDIAGONAL, POOLED, SINK_LOCAL, RANDOM)
+METHODS = (GATE, *BASELINES)
+_HEAD_ROWS = 1024  # logits at a time: those of all tokens would take gigabytes
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How blocks are chosen: a method, and a rule with its value; threshold: the gate only."""
+
+    method: str
+    rule: str = "density"
+    value: float = 1.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One selection on one window.
+
+    Attributes:
+        window: Index of the window.
+        method, rule, value: The selection; the dense model is method "dense".
+        loss: Mean nats per token.
+        late_loss: Over the second half of the window.
+        kept: Share of the causally visible blocks.
+        recall: Share of the oracle's blocks that are kept at this density, the diagonal and rows
+            that keep all they see left out; None where there is no density.
+        mass: Share of the true attention on kept blocks.
+
+    The last three are means over the layers, measured on the dense model's own activations.
+    """
+
+    window: int
+    method: str
+    rule: str
+    value: float
+    loss: float
+    late_loss: float
+    kept: float = 1.0
+    recall: float | None = None
+    mass: float = 1.0
+
+
+def selections(
+    densities: Sequence[float],
+    thresholds: Sequence[float] = (),
+    methods: Sequence[str] = METHODS,
+) -> list[Selection]:
+    """Every method at every density, and the gate at every threshold."""
+    found = [Selection(method, "density", value) for value in densities for method in methods]
+    if GATE in methods:
+        found += [Selection(GATE, "threshold", value) for value in thresholds]
+    return found
+
+
+@torch.no_grad()
+def scores(method: str, prompt: Prompt, window: int = 0) -> Tensor:
+    """``[batch|1, heads, blocks, blocks]`` scores of one layer's blocks."""
+    block, (rows, heads) = prompt.gate.config.block, prompt.q.shape[1:3]
+    device, sizes = prompt.q.device, {"block": block, "scale": prompt.scale}
+    if method == GATE:
+        return prompt.gate(prompt.q_before, prompt.k_before)
+    if method == ORACLE:
+        return _map(prompt, "max")
+    if method == VERTICAL_SLASH:
+        return heuristics.vertical_slash(prompt.q, prompt.k, **sizes)
+    if method == ANTIDIAGONAL:
+        stride = min(8, block)
+        return heuristics.antidiagonal(prompt.q, prompt.k, stride=stride, **sizes)
+    if method == POOLED:
+        return heuristics.pooled_qk(prompt.q, prompt.k, **sizes)
+    if method == SINK_LOCAL:
+        return heuristics.sink_local(rows, block=block, device=device)
+    seed = window * 1009 + prompt.layer
+    return heuristics.random(rows, heads, block=block, seed=seed, device=device)
+
+
+def keep(values: Tensor, density: float, prompt: Prompt) -> BlockMask:
+    """The common rule: the diagonal and the best others, equally many for every method."""
+    blocks, block, rows = values.shape[-1], prompt.gate.config.block, prompt.q.shape[1]
+    diagonal = torch.eye(blocks, dtype=torch.bool, device=values.device)
+    values = values.masked_fill(diagonal, torch.inf)
+    sizes = {"block_q": block, "block_kv": block, "rows_q": rows, "rows_kv": rows}
+    return select.from_scores(values, "density", density, **sizes)
+
+
+def choose(selection: Selection, prompt: Prompt, window: int = 0) -> BlockMask:
+    """The blocks that one layer keeps."""
+    if selection.rule == "density":
+        return keep(scores(selection.method, prompt, window), selection.value, prompt)
+    rule = Rule(selection.rule, selection.value, local=1)
+    return gate_mask(prompt.q_before, prompt.k_before, prompt.gate, rule)
+
+
+def measure(
+    model: nn.Module,
+    tokens: Tensor,
+    wanted: Sequence[Selection],
+    *,
+    window: int = 0,
+    advance: Callable[[], None] = lambda: None,
+) -> list[Point]:
+    """The dense model and every selection on one window.
+
+    Args:
+        model: With gates; any mode.
+        tokens: int64 ``[length]`` on the model's device.
+        wanted: The selections.
+        window: Index of the window, for the record and the random choice.
+        advance: Called after each pass of the model.
+
+    Returns:
+        One point per selection, the dense model first.
+
+    Raises:
+        ValueError: no gates.
+    """
+    quality = _Quality(wanted, window)
+    with _choosing(model, quality):
+        losses = _losses(model, tokens)
+    advance()
+    dense = _mean_loss(losses)
+    points = [Point(window, DENSE, "density", 1.0, *dense)]
+    for one in wanted:
+        with _choosing(model, lambda prompt, one=one: choose(one, prompt, window)):
+            losses = _losses(model, tokens)
+        advance()
+        points.append(Point(window, *asdict(one).values(), *_mean_loss(losses), **quality.of(one)))
+    return points
+
+
+class _Quality:
+    """Recall, mass and density of every selection on the dense model's activations."""
+
+    def __init__(self, wanted: Sequence[Selection], window: int) -> None:
+        self.wanted, self.window = wanted, window
+        self.seen: dict[Selection, list[dict[str, Tensor]]] = {one: [] for one in wanted}
+
+    def __call__(self, prompt: Prompt) -> None:
+        oracle, mass = _map(prompt, "max"), _map(prompt, "sum")
+        known = {ORACLE: oracle}
+        for one in self.wanted:
+            if one.rule == "density":
+                if one.method not in known:
+                    known[one.method] = scores(one.method, prompt, self.window)
+                mask = keep(known[one.method], one.value, prompt)
+            else:
+                mask = choose(one, prompt)
+            kept = mask.to_dense().expand_as(mass)
+            values = {
+                "kept": mask.density().mean(),
+                "mass": (mass * kept).sum() / mass.sum(),
+            }
+            if one.rule == "density":
+                best = keep(oracle, one.value, prompt).to_dense() & _open(one.value, oracle)
+                # Where nothing but diagonals is kept, there is nothing to miss.
+                missed = (best & ~kept).sum() / best.sum().clamp_min(1)
+                values["recall"] = 1 - missed
+            self.seen[one].append(values)
+
+    def of(self, one: Selection) -> dict[str, float]:
+        """Means over the layers."""
+        names = self.seen[one][0]
+        return {
+            name: statistics.fmean(float(values[name]) for values in self.seen[one])
+            for name in names
+        }
+
+
+def _open(density: float, scores: Tensor) -> Tensor:
+    """bool ``[blocks, blocks]``: where methods can differ."""
+    blocks = scores.shape[-1]
+    row = torch.arange(blocks, device=scores.device)
+    choice = row >= select.density_to_k(density, blocks)
+    return choice[:, None] & (row[:, None] != row)
+
+
+def _map(prompt: Prompt, reduce: str) -> Tensor:
+    block = prompt.gate.config.block
+    sizes = {"block_q": block, "block_kv": block, "scale": prompt.scale, "reduce": reduce}
+    return attn_pool(prompt.q, prompt.k, prompt.v, **sizes)[2]
+
+
+@contextmanager
+def _choosing(model: nn.Module, choice: Callable[[Prompt], BlockMask | None]) -> Iterator[None]:
+    """The model in sparse mode with another choice of blocks in its gates' place."""
+    state = state_of(model, "evaluate")
+    mode = attached_config(model).mode
+    configure(model, mode="sparse")
+    state.choice = choice
+    try:
+        yield
+    finally:
+        state.choice = None
+        configure(model, mode=mode)
+
+
+@torch.no_grad()
+def _losses(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Nats of each token but the first, fp32 ``[length - 1]``."""
+    head = model.get_output_embeddings()
+    hidden = model.base_model(tokens[None], use_cache=False).last_hidden_state[0, :-1]
+    parts = zip(hidden.split(_HEAD_ROWS), tokens[1:].split(_HEAD_ROWS), strict=True)
+    return torch.cat(
+        [F.cross_entropy(head(rows).float(), wanted, reduction="none") for rows, wanted in parts]
+    )
+
+
+def _mean_loss(losses: Tensor) -> tuple[float, float]:
+    losses = losses.double()
+    return losses.mean().item(), losses[losses.numel() // 2 :].mean().item()
+
+
+def summarise(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """One row per selection over all windows, the dense model first.
+
+    ``ratio`` is the perplexity over the dense model's on the same windows: exp of the mean of the
+    windows' differences; ``ratio_error`` its standard error from the spread of those (None for one
+    window).
+    """
+    dense = {point.window: point for point in points if point.method == DENSE}
+    groups: dict[tuple[str, str, float], list[Point]] = {}
+    for point in points:
+        groups.setdefault((point.method, point.rule, point.value), []).append(point)
+    rows = []
+    for (method, rule, value), group in groups.items():
+        ratio, error = _ratio([point.loss - dense[point.window].loss for point in group])
+        late, _ = _ratio([point.late_loss - dense[point.window].late_loss for point in group])
+        recalls = [point.recall for point in group if point.recall is not None]
+        rows.append(
+            {
+                "method": method,
+                "rule": rule,
+                "value": value,
+                "windows": len(group),
+                "kept": statistics.fmean(point.kept for point in group),
+                "perplexity": math.exp(statistics.fmean(point.loss for point in group)),
+                "ratio": ratio,
+                "ratio_error": error,
+                "late_ratio": late,
+                "recall": statistics.fmean(recalls) if recalls else None,
+                "mass": statistics.fmean(point.mass for point in group),
+            }
+        )
+    return rows
+
+
+def _ratio(differences: list[float]) -> tuple[float, float | None]:
+    ratio = math.exp(statistics.fmean(differences))
+    if len(differences) < 2:
+        return ratio, None
+    return ratio, ratio * statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def layer_times(
+    model: nn.Module, tokens: Tensor, densities: Sequence[float], *, repeats: int = 5
+) -> list[dict[str, float]]:
+    """Milliseconds of each layer's attention on one window: torch's dense one, and with the gate.
+
+    Args:
+        model: With gates.
+        tokens: int64 ``[length]`` on the model's device.
+        densities: Of the gate.
+        repeats: Calls that a median is taken of.
+
+    Returns:
+        Per layer and density ``layer``, ``density``, ``dense_ms`` (scaled_dot_product_attention),
+        ``gate_ms`` (gate and selection) and ``sparse_ms`` (attention over the kept blocks).
+
+    Raises:
+        ValueError: no gates.
+    """
+    rows: list[dict[str, float]] = []
+
+    def time_layer(prompt: Prompt) -> None:
+        heads = [x.transpose(1, 2) for x in (prompt.q, prompt.k, prompt.v)]
+        options = {"is_causal": True, "scale": prompt.scale, "enable_gqa": True}
+        calls = {"dense": lambda: F.scaled_dot_product_attention(*heads, **options)}
+        for density in densities:
+            rule = Rule("density", density, local=1)
+            before = prompt.q_before, prompt.k_before, prompt.gate, rule
+            mask = gate_mask(*before)
+            calls["gate", density] = lambda before=before: gate_mask(*before)
+            calls["sparse", density] = lambda mask=mask: block_sparse_attn(
+                prompt.q, prompt.k, prompt.v, mask, scale=prompt.scale
+            )
+        found = median_ms(calls, repeats, at_once=5 if prompt.q.is_cuda else 1)
+        for density in densities:
+            times = (found["dense"], found["gate", density], found["sparse", density])
+            names = ("dense_ms", "gate_ms", "sparse_ms")
+            own = dict(zip(names, times, strict=True))
+            rows.append({"layer": prompt.layer, "density": density} | own)
+
+    with _choosing(model, time_layer):
+        _losses(model, tokens)
+    return rows
+
+
+@dataclass(frozen=True)
+class Example:
+    """One layer for the picture: what the gate keeps, and the true map."""
+
+    layer: int
+    density: float
+    mask: BlockMask
+    pooled: Tensor
+
+
+def example(model: nn.Module, tokens: Tensor, density: float) -> Example:
+    """The layer whose gate keeps most more of the attention than sink and window do.
+
+    Raises:
+        ValueError: no gates.
+    """
+    found: list[tuple[float, Example]] = []
+
+    def look(prompt: Prompt) -> None:
+        mass = _map(prompt, "sum")
+        gate, window = (
+            keep(scores(method, prompt), density, prompt) for method in (GATE, SINK_LOCAL)
+        )
+        gain = (mass * gate.to_dense()).sum() - (mass * window.to_dense()).sum()
+        if not found or gain > found[0][0]:
+            pooled = _map(prompt, "max").cpu()
+            found[:] = [(gain.item(), Example(prompt.layer, density, gate.to("cpu"), pooled))]
+
+    with _choosing(model, look):
+        _losses(model, tokens)
+    return found[0][1]
