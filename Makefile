@@ -21,7 +21,7 @@ in_venv := PATH="$(abspath $(VENV))/bin:$$PATH"
 pip_install := $(in_venv) $(python) -m pip --disable-pip-version-check install --quiet
 
 native := $(shell find csrc cmake bench/cpp examples -type f ! -name '*.pyc') CMakeLists.txt setup.py pyproject.toml
-python_code := seer_cuda python_tests bench tools cmake setup.py
+python_code := seer_cuda python_tests bench tools cmake examples setup.py
 cpp_code := $(shell find csrc bench examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test gpu-check bench lint format wheel clean

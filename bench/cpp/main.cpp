@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // seer_bench: the kernels of seer_cuda, timed and checked by themselves. bench/cpp/README.md.
-#include <cstdio>
+#include <unistd.h>
+
 #include <iostream>
 #include <optional>
 
@@ -67,10 +68,13 @@ int run(const Options& options) {
   }
   Timer timer(options.schedule);
   const Ceilings ceilings = options.ceilings ? measure_ceilings(&timer, *device) : Ceilings{};
-  size_t failed = 0;
+  const bool watched = isatty(STDERR_FILENO);
+  size_t done = 0, failed = 0;
   for (const Case& c : cases) {
+    if (watched) std::cerr << "\r" << ++done << " of " << cases.size() << " cases" << std::flush;
     failed += !run_case(options, *device, ceilings, &timer, c, &rows);
   }
+  if (watched) std::cerr << "\n";
   print_report(std::cout, options.format, &*device, ceilings, rows);
   if (failed > 0) {
     std::cerr << "seer_bench: " << failed << " of " << cases.size() << " cases failed\n";
