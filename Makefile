@@ -7,6 +7,7 @@
 #   make bench       benchmarks only, printed
 #   make lint        formatting and style, changing nothing;  make format applies it
 #   make wheel       dist/*.whl
+#   make sdist       dist/*.tar.gz, and a wheel without CUDA kernels made of it, in dist/of_sdist
 #   make clean       remove everything built, the virtual environment too
 #
 # PYTHON (python3), VENV (.venv), TORCH_SPEC (tools/setup_env.sh), SEER_ARCHS, SEER_CUDA, MAX_JOBS
@@ -24,7 +25,7 @@ native := $(shell find csrc cmake bench/cpp examples -type f ! -name '*.pyc') CM
 python_code := seer_cuda python_tests bench tools cmake examples setup.py
 cpp_code := $(shell find csrc bench examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test gpu-check bench lint format wheel clean
+.PHONY: demo test gpu-check bench lint format wheel sdist clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-demo
@@ -75,6 +76,13 @@ format: $(VENV)/.stamp-dev
 wheel: $(VENV)/.stamp-base
 	rm -rf build/lib.* build/bdist.*
 	$(in_venv) $(python) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+sdist: $(VENV)/.stamp-base
+	rm -rf dist/*.tar.gz dist/of_sdist
+	$(in_venv) PYTHONPATH=cmake $(python) -c \
+	  "import build_backend; build_backend.build_sdist('dist')" > /dev/null
+	$(in_venv) SEER_CUDA=OFF $(python) -m pip wheel --quiet --no-build-isolation --no-deps \
+	  -w dist/of_sdist dist/*.tar.gz
 
 clean:
 	rm -rf build dist *.egg-info "$(VENV)"
