@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils.deterministic
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -50,31 +46,6 @@ def keep_less(model: Any) -> None:
     # transformers 5 has another name for it.
     new = getattr(model, "activation_checkpointing_enable", None)
     (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-@contextmanager
-def same_bits(device: torch.device) -> Iterator[None]:
-    """Gradients of a model that come out the same bit for bit when a step is done again.
-
-    On a GPU the backward of dense attention adds up in any order unless it is told not to.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    # cuBLAS asks for a fixed workspace before it is said to repeat itself.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
 
 
 def save_model(model: nn.Module, tokenizer: Any, source: str, folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from seer_cuda.integrations.transformers._attach import (
 from seer_cuda.integrations.transformers._config import SeerConfig
 from seer_cuda.integrations.transformers._corpus import Corpus, RunError, load, option
 from seer_cuda.integrations.transformers._files import WEIGHTS, load_gates, save_gates
-from seer_cuda.integrations.transformers._lm import keep_less, lm_loss, same_bits, save_model
+from seer_cuda.integrations.transformers._lm import keep_less, lm_loss, save_model
 from seer_cuda.integrations.transformers._log import Log, check_tensorboard
 from seer_cuda.integrations.transformers._ranks import Ranks, joined
 from seer_cuda.select import Rule
@@ -106,7 +105,8 @@ def distill(options: Distill) -> Path:
 
     A run that was killed goes on from its last checkpoint when it is started again, and ends with
     the very weights and log that it would have had: a checkpoint holds weights, optimiser and step,
-    is replaced as a whole, and the data follow from seed and step.
+    is replaced as a whole, and the data follow from seed and step. With train_all on a GPU that is
+    so up to rounding: torch's backward of dense attention adds up in any order.
 
     Returns:
         The file of the gates' weights.
@@ -214,9 +214,8 @@ def _step(
     windows = corpus.sample(count, options.context, options.seed, step).to(device)
     totals: dict[str, Tensor] = {}
     for part in ranks.own(windows.split(options.batch)):
-        with same_bits(device) if options.train_all else nullcontext():
-            losses = _losses(model, part, options)
-            (losses["loss"] / options.accumulate).backward()
+        losses = _losses(model, part, options)
+        (losses["loss"] / options.accumulate).backward()
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0) + loss.detach() / options.accumulate
     ranks.add_up([weight.grad for weight in weights if weight.grad is not None])
