@@ -2,6 +2,9 @@
 """torch.ops.seer.attn_pool: out, lse and the block-pooled map against the oracle."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import attention
 import baselines
@@ -17,6 +20,7 @@ import seer_cuda
 from seer_cuda import _attn_math, reference
 
 MAX, SUM = 0, 1
+LIBRARY = Path(seer_cuda.__file__).parent / "libseer_ops.so"
 MAP_AXES = {4: ("batch", "head", "i", "j"), 3: ("head", "row", "j")}
 
 
@@ -82,7 +86,7 @@ def check_map(pooled, ref, delta, *, reduce=MAX, per_token=False, block_q=64, bl
     """p = exp(score - lse): both errors are at most delta, so p is off by a factor e^(2 delta).
 
     A sum rounds once per term, and a term below fp32's normal numbers may be 0. CUDA rounds what
-    each 16 rows add to a 2-D sum to a multiple of 2^-23.
+    each 16 rows add to an entry of a 2-D sum to a multiple of 2^-23.
     """
     extra = math.expm1(2 * delta) * ref
     if reduce == SUM:
@@ -151,7 +155,10 @@ def test_probabilities_never_exceed_one(device, seed):
 
 
 @pytest.mark.parametrize("reduce", [MAX, SUM])
-@pytest.mark.parametrize("lengths", [([1, 64, 65, 0, 130], None), ([30, 100], [200, 100])])
+@pytest.mark.parametrize(
+    "lengths",
+    [([1, 64, 65, 0, 130], None), ([30, 100], [200, 100]), ([70, 30, 100], [0, 90, 0])],
+)
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("causal", [True, False])
 def test_varlen(sparse_device, lengths, per_token, causal, reduce, seed):
@@ -223,6 +230,97 @@ def test_scores_up_to_ten_thousand(sparse_device, per_token, reduce, seed):
 
 @pytest.mark.parametrize("reduce", [MAX, SUM])
 @pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_some_rows_of_a_block_outgrow_their_reference(
+    sparse_device, causal, per_token, reduce, seed
+):
+    """Rising scores in the first 16 rows of each 64 alone: on Hopper their warp's part of the tile
+    is done again, and the map gets the block's rows in two passes."""
+    q, k, v = small(sparse_device, rows=(300, 900), heads=(4, 2), seed=seed)
+    rising = torch.arange(900, device=sparse_device) - 450.0
+    q[..., 0] = torch.where(torch.arange(300, device=sparse_device) % 64 < 16, 64.0, 0.0)[:, None]
+    k[..., 0] = rising[None, :, None].to(k.dtype)
+    kw = {"per_token": per_token, "reduce": reduce, "causal": causal}
+    _, _, pooled = pool_op(q, k, v, **kw)
+    want = reference.attn_pool(q, k, v, **kw)[2]
+    assert ((pooled - want).abs() <= 1e-5 + 2.0**-8 * want).all()
+
+
+@pytest.mark.parametrize("reduce", [MAX, SUM])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("scale", [-0.125, 0.0, 1e-30])
+def test_scales(sparse_device, scale, per_token, reduce, seed):
+    q, k, v = small(sparse_device, rows=(150, 330), seed=seed)
+    run_and_check_pool(q, k, v, scale=scale, per_token=per_token, reduce=reduce)
+
+
+@pytest.mark.parametrize("reduce", [MAX, SUM])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("block", [(64, 64), (128, 64), (64, 128), (128, 128)])
+def test_units_of_all_lengths(sparse_device, block, per_token, reduce, seed):
+    """Long rows after short ones and short after long, so that strips are used again and again."""
+    lengths_q = [1, 300, 65, 700, 64, 500, 130]
+    lengths_kv = [700, 300, 600, 700, 1, 500, 700]
+    case = inputs.varlen(
+        "normal",
+        lengths_q,
+        lengths_kv,
+        slack=inputs.SLACK[sparse_device],
+        device=sparse_device,
+        heads_q=2,
+        heads_kv=1,
+        dtype=torch.bfloat16,
+        seed=seed,
+    )
+    kw = {"block_q": block[0], "block_kv": block[1], "per_token": per_token, "reduce": reduce}
+    run_and_check_pool(**case, **kw)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("per_token", [False, True])
+def test_many_long_tiles_per_thread_block(arch, per_token, seed):
+    """Strips of 128 KV tiles, used again and again."""
+    q, k, v = small("cuda", rows=(4096, 8192), heads=(24, 8), head_dim=128, batch=1, seed=seed)
+    kw = {"per_token": per_token, "causal": False}
+    pooled = pool_op(q, k, v, arch=arch, **kw)[2]
+    for head in (0, 11, 23):
+        part = (q[:, :, head : head + 1], *(x[:, :, head // 3 : head // 3 + 1] for x in (k, v)))
+        want = reference.attn_pool(*part, **kw)[2]
+        delta = baselines.attention(*part, causal=False).delta
+        check_map(pooled[:, head : head + 1], want, delta, **kw)
+
+
+@pytest.mark.parametrize("reduce", [MAX, SUM])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_nan_stays_in_the_rows_that_see_it(sparse_device, per_token, reduce, seed):
+    """In q: one row of one head. In k: the rows from its column on. Their visible blocks are NaN;
+    what other rows give has the bits that it has without."""
+    kw = {"per_token": per_token, "reduce": reduce}
+    q, k, v = small(sparse_device, rows=(200, 200), seed=seed)
+    clean = pool_op(q, k, v, **kw)[2]
+    rows = torch.arange(200, device=sparse_device)
+    for name in ("q", "k"):
+        hurt_q, hurt_k = q.clone(), k.clone()
+        if name == "q":
+            hurt_q[0, 70, 1, 3] = math.nan
+            heads, hurt = slice(1, 2), rows == 70
+        else:
+            hurt_k[0, 130, 1, 3] = math.nan
+            heads, hurt = slice(2, 4), rows >= 130
+        pooled = pool_op(hurt_q, hurt_k, v, **kw)[2]
+        first = rows if per_token else torch.arange(0, 200, 64, device=sparse_device)
+        high = 1 if per_token else 64
+        bad = torch.stack([hurt[r : r + high].any() for r in first.tolist()])
+        where = torch.zeros_like(clean, dtype=torch.bool)
+        where[0, heads] = bad[:, None]
+        numerics.assert_bitwise(name, pooled[~where], clean[~where])
+        seen = reference.reachable_blocks(200, 200, high, 64, True, sparse_device)
+        assert pooled[where & seen].isnan().all(), name
+
+
+@pytest.mark.parametrize("reduce", [MAX, SUM])
+@pytest.mark.parametrize("per_token", [False, True])
 def test_same_bits_every_time(sparse_device, per_token, reduce, seed):
     q, k, v = small(sparse_device, rows=(1000, 1300), heads=(8, 2), head_dim=128, seed=seed)
     kw = {"per_token": per_token, "reduce": reduce, "block_q": 128, "block_kv": 128}
@@ -270,6 +368,53 @@ def test_unknown_reduction():
 def test_shapes_without_a_kernel_run_as_torch_operations(seed):
     q, k, v = small("cuda", head_dim=40, dtype=torch.bfloat16, seed=seed)
     run_and_check_pool(q, k, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("per_token", [False, True])
+def test_two_streams_at_once(per_token, seed):
+    """Each launch has its own strips."""
+    inputs_of = [
+        small("cuda", rows=(1500, 2000), heads=(8, 2), head_dim=128, seed=seed + i)
+        for i in range(2)
+    ]
+    want = [torch.ops.seer.attn_pool(*x, per_token=per_token) for x in inputs_of]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs_of]
+    got = []
+    for _ in range(5):
+        for x, stream in zip(inputs_of, streams, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(torch.ops.seer.attn_pool(*x, per_token=per_token))
+    torch.cuda.synchronize()
+    for i, results in enumerate(got):
+        for a, b in zip(results, want[i % 2], strict=True):
+            numerics.assert_bitwise("two streams", a, b)
+
+
+@pytest.mark.gpu
+def test_without_python_a_missing_kernel_is_an_error_and_keeps_nothing(tmp_path):
+    """The library alone has no torch operations to fall back on."""
+    code = f"""
+import gc, torch
+torch.ops.load_library({str(LIBRARY)!r})
+def call():
+    q = torch.randn(1, 4096, 4, 40, device="cuda", dtype=torch.bfloat16)
+    try:
+        torch.ops.seer.attn_pool(q, q, q)
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error)
+torch.zeros(1, device="cuda")
+before = torch.cuda.memory_allocated()
+text = call()
+assert text is not None and "_attn_pool_torch" in text, text
+gc.collect()
+assert torch.cuda.memory_allocated() == before, torch.cuda.memory_allocated() - before
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu

@@ -76,7 +76,10 @@ Status launch_attn_pool(const AttnPoolParams& params, CUstream_st* stream) {
   }
   if (elements > 0) {
     if (Status s = check_aligned("pooled", params.pooled, 16); !s.ok()) return s;
-    const cudaError_t error = cudaMemsetAsync(params.pooled, 0, elements * sizeof(float), stream);
+    const cudaError_t error =
+        attn_pool_wants_zeros(params)
+            ? cudaMemsetAsync(params.pooled, 0, elements * sizeof(float), stream)
+            : cudaSuccess;
     if (error != cudaSuccess) return cuda_status(error, "zeroing the map of attn_pool");
   }
   if (params.cu_seqlens_q != nullptr) {

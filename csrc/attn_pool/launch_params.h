@@ -25,6 +25,7 @@ inline RowMapParams row_map_params(const AttnPoolParams& params) {
   map.wide_kv = params.block_kv == 128;
   map.per_token = params.per_token;
   map.sum = params.reduce == PoolReduce::kSum;
+  map.zeroed = attn_pool_wants_zeros(params);
   return map;
 }
 

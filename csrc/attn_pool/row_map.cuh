@@ -3,7 +3,7 @@
 //
 // Of every row and KV tile of 64 columns one number is kept until the row's sum is final: the log2
 // of the tile's largest weight (its largest score) or of its sum of weights. Then it turns into a
-// probability: exp2(number - reference) / sum. As a logarithm it stays right whatever happens to
+// probability: exp2(number - reference - log2(sum)). As a logarithm it stays right whatever happens to
 // the row's reference meanwhile. Its rounding, 2^-24 of itself, is 3e-4 of a probability at scores
 // of 10^4.
 //
@@ -18,6 +18,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/online_softmax.cuh"
@@ -27,7 +28,7 @@ namespace seer {
 
 struct RowMapParams {
   float* strips;  // [CTA][warp][16-row group][strip_tiles][16 rows]
-  float* map;     // zero-filled; shape as in seer/attn_pool.h
+  float* map;     // shape as in seer/attn_pool.h
   int strip_tiles;
   int block_q;
   int64_t map_cols;  // KV blocks
@@ -36,7 +37,8 @@ struct RowMapParams {
   bool packed;   // varlen
   bool wide_kv;  // a KV block is two tiles
   bool per_token;
-  bool sum;  // else maxima
+  bool sum;     // else maxima
+  bool zeroed;  // the map is zeros; else per_token, and rows are to be written to their ends
 };
 
 namespace dev {
@@ -45,6 +47,13 @@ namespace dev {
 __device__ __forceinline__ float log2_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// NaN if one of them is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
 
@@ -73,7 +82,8 @@ class RowStrip {
     return line(0) + (lane / 4 * 2 + (lane & 1));
   }
   // First half of keeping the numbers of a KV tile; `at` is lane_place(). values[half]: the lane's
-  // share, a maximum in units of log2, or a sum of weights. Odd lanes go on with the second row.
+  // share, a maximum (of weights, or in units of log2) or a sum of weights. Odd lanes go on with the
+  // second row.
   template <bool kSum>
   static __device__ __forceinline__ float pair(const float* at, const float (&values)[2]) {
     const bool odd = is_odd(at);
@@ -81,34 +91,40 @@ class RowStrip {
     const float own = odd ? values[1] : values[0];
     return kSum ? own + given : fmaxf(own, given);
   }
-  // Second half: keeps what pair() gave as that of KV tile `tile`. Sums are under `reference`.
-  template <bool kSum>
+  // Second half: keeps what pair() gave as that of KV tile `tile`. Weights (kWeights) are under
+  // `reference`.
+  template <bool kSum, bool kWeights>
   static __device__ __forceinline__ void keep(float* at, int tile, float x,
                                               const float (&reference)[2]) {
     const bool odd = is_odd(at);
     const float other = __shfl_xor_sync(kFullWarp, x, 2);
     x = kSum ? x + other : fmaxf(x, other);
-    if constexpr (kSum) x = (odd ? reference[1] : reference[0]) + log2_fast(x);
+    if constexpr (kWeights) x = (odd ? reference[1] : reference[0]) + log2_fast(x);
     // Two lanes of the quad write the same: cheaper than a branch around the store.
     __stcg(at + tile * int64_t{kRows}, x);
   }
 
-  // Writes the group's part of the map. inverse[half] is 1 / sum.
+  // Writes the group's part of the map. sum[half]: of the lane's rows, all of it.
   __device__ __forceinline__ void finish(const RowGroup& group, const float (&reference)[2],
-                                         const float (&inverse)[2]) const {
+                                         const float (&sum)[2]) const {
     __syncwarp();  // orders the lanes' stores to the strip before the loads
+    const Known known = {{reference[0], reference[1]}, {log_of(sum[0]), log_of(sum[1])}};
     const int rows = group.rows_q - group.row;
     if (p.per_token) {
       const int64_t head = p.packed ? group.head : group.batch * p.heads_q + group.head;
       float* const map = p.map + (head * p.map_rows + group.start + group.row) * p.map_cols;
-      write_rows(map, rows, group.tiles, reference, inverse);
+      write_rows(map, rows, group.tiles, known);
     } else {
       const int64_t head = group.batch * p.heads_q + group.head;
       const int block = group.row / p.block_q;
       float* const map = p.map + (head * p.map_rows + block) * p.map_cols;
       const int in_block = min(group.rows_q - block * p.block_q, p.block_q);
-      write_blocks(map, rows, group.tiles, __fdividef(1.0f, static_cast<float>(in_block)),
-                   reference, inverse);
+      const float share = __fdividef(1.0f, static_cast<float>(in_block));
+      if (p.sum) {
+        write_blocks<true>(map, rows, group.tiles, share, known);
+      } else {
+        write_blocks<false>(map, rows, group.tiles, share, known);
+      }
     }
   }
 
@@ -121,146 +137,123 @@ class RowStrip {
     return p.strips + uint64_t{first_line + unsigned(tile)} * kRows;
   }
 
-  static constexpr int kSteps = 8;           // KV tiles of a lane in a batch, neighbours
-  static constexpr int kBatch = 4 * kSteps;  // those of a quad
-  static constexpr int kAhead = 4;
-
-  // The lane's numbers of a batch: of its two rows and KV tiles first + 8 * (lane's place in its
-  // quad) and the seven behind it.
-  struct Numbers {
-    float2 of[kSteps];
+  // Of the lane's two rows.
+  struct Known {
+    float reference[2], log_sum[2];
   };
-  __device__ __forceinline__ void fetch(int first, Numbers& numbers) const {
-    const int lane = lane_id();
-    const auto* const at =
-        reinterpret_cast<const float2*>(line(first + lane % 4 * kSteps)) + lane / 4;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) numbers.of[step] = __ldcg(at + step * (kRows / 2));
+  // Finite for a row that sees nothing: its numbers are -inf.
+  static __device__ __forceinline__ float log_of(float sum) {
+    return sum == 0.0f ? 0.0f : log2f(sum);
   }
 
-  // Calls use(first, numbers) for every batch. All loads of kAhead batches are on their way
-  // together: the three consumers of a Hopper CTA end together, so that nothing else hides the time
-  // that a load takes.
+  static constexpr int kBatch = 32;  // KV tiles, one per lane: no lane needs another's numbers
+  static constexpr int kAhead = 4;   // batches
+
+  // Calls use(batch, row, x) for kAhead batches of KV tiles from `first` on and each of the 16 rows,
+  // x being the logarithm of the lane's probability: -inf beyond `tiles` and in rows that do not
+  // exist. All loads are on their way together: the three consumers of a Hopper CTA end together,
+  // so that nothing else hides the time that a load takes.
   template <class Use>
-  __device__ __forceinline__ void for_batches(int tiles, const Use& use) const {
-    const int last = (tiles - 1) / kBatch * kBatch;
+  __device__ __forceinline__ void for_rows(int first, int rows, int tiles, const Known& known,
+                                           const Use& use) const {
+    const int tile = first + lane_id();
+    float4 numbers[kAhead][4];
+#pragma unroll
+    for (int batch = 0; batch < kAhead; ++batch) {
+      // Beyond `tiles` the last one is read: without a condition, which would have the registers
+      // keep what they held before, and nothing that was never written.
+      const auto* const at =
+          reinterpret_cast<const float4*>(line(min(tile + batch * kBatch, tiles - 1)));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) numbers[batch][i] = __ldcg(at + i);
+    }
+#pragma unroll
+    for (int at = 0; at < kRows; ++at) {
+      const int row = at / 2 + at % 2 * 8;
+      const float reference = __shfl_sync(kFullWarp, known.reference[at % 2], at / 2 * 4);
+      const float log_sum = __shfl_sync(kFullWarp, known.log_sum[at % 2], at / 2 * 4);
+#pragma unroll
+      for (int batch = 0; batch < kAhead; ++batch) {
+        const float4& four = numbers[batch][at / 4];
+        const float number = at % 4 == 0   ? four.x
+                             : at % 4 == 1 ? four.y
+                             : at % 4 == 2 ? four.z
+                                           : four.w;
+        const bool exists = row < rows && tile + batch * kBatch < tiles;
+        use(batch, row, exists ? number - reference - log_sum : -INFINITY);
+      }
+    }
+  }
+
+  template <bool kSum>
+  __device__ __forceinline__ void write_blocks(float* map, int rows, int tiles, float share,
+                                               const Known& known) const {
 #pragma unroll 1
     for (int first = 0; first < tiles; first += kAhead * kBatch) {
-      Numbers numbers[kAhead];
+      float pooled[kAhead];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        // Without a condition, which would have the registers keep what they held before.
-        fetch(min(first + i * kBatch, last), numbers[i]);
-      }
+      for (float& x : pooled) x = kSum ? 0.0f : -INFINITY;
+      for_rows(first, rows, tiles, known, [&](int batch, int, float log) {
+        float& x = pooled[batch];
+        x = kSum ? x + exp2_fast(log) : max_or_nan(x, log);
+      });
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (first + i * kBatch < tiles) use(first + i * kBatch, numbers[i]);
-      }
-    }
-  }
-
-  // Probabilities: x[half][step] of the numbers' rows and tiles. 0 in rows that do not exist and
-  // beyond `tiles`: strips are padded to whole batches, so what is read there means nothing.
-  __device__ __forceinline__ void probabilities(const Numbers& numbers, int first, int rows,
-                                                int tiles, const float (&reference)[2],
-                                                const float (&inverse)[2],
-                                                float (&x)[2][kSteps]) const {
-    const int lane = lane_id();
-    const int tile = first + lane % 4 * kSteps;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const bool exists = lane / 4 + 8 * half < rows;
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const float number = half == 0 ? numbers.of[step].x : numbers.of[step].y;
-        const float weight = exp2_fast(number - reference[half]);
-        x[half][step] = exists && tile + step < tiles ? weight * inverse[half] : 0.0f;
+      for (int batch = 0; batch < kAhead; ++batch) {
+        const int tile = first + batch * kBatch + lane_id();
+        add<kSum>(map, tile, tile < tiles, pooled[batch], share);
       }
     }
   }
 
-  // The maximum or the sum of a lane's two rows: NaN if one of them is, as on the CPU.
-  // Probabilities compare as integers do, and NaN is above all of them.
-  __device__ __forceinline__ float pool(float a, float b) const {
-    return p.sum ? a + b : __int_as_float(max(__float_as_int(a), __float_as_int(b)));
+  // Adds to their block what 16 rows give in the lane's KV tile.
+  template <bool kSum>
+  __device__ __forceinline__ void add(float* map, int tile, bool exists, float x,
+                                      float share) const {
+    if (p.wide_kv) {
+      const float other = __shfl_xor_sync(kFullWarp, x, 1);
+      x = kSum ? x + other : max_or_nan(x, other);
+      exists &= tile % 2 == 0;
+    }
+    float* const at = map + (p.wide_kv ? tile / 2 : tile);
+    if constexpr (kSum) {
+      // To a multiple of 2^-23: then every order of additions gives the same sum.
+      const float value = (x * share + 1.0f) - 1.0f;
+      if (exists && value != 0.0f) atomicAdd(at, value);
+    } else {
+      // Probabilities compare as integers do, and NaN is above all of them.
+      const int value = __float_as_int(exp2_fast(x));
+      if (exists && value != 0) atomicMax(reinterpret_cast<int*>(at), value);
+    }
   }
 
-  __device__ __forceinline__ void write_blocks(float* map, int rows, int tiles, float share,
-                                               const float (&reference)[2],
-                                               const float (&inverse)[2]) const {
-    const int lane = lane_id();
-    for_batches(tiles, [&](int first, const Numbers& numbers) {
-      float x[2][kSteps];
-      probabilities(numbers, first, rows, tiles, reference, inverse, x);
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) x[0][step] = pool(x[0][step], x[1][step]);
-      // Lanes with the same place in their quads have the same tiles of different rows. A lane
-      // keeps half of its tiles in each step, at the end tile number lane / 4 of its 8.
-#pragma unroll
-      for (int count = kSteps / 2; count > 0; count /= 2) {
-        const bool upper = lane & 4 * count;
-#pragma unroll
-        for (int i = 0; i < count; ++i) {
-          const float given = upper ? x[0][i] : x[0][i + count];
-          const float kept = upper ? x[0][i + count] : x[0][i];
-          x[0][i] = pool(kept, __shfl_xor_sync(kFullWarp, given, 4 * count));
-        }
-      }
-      const int tile = first + lane % 4 * kSteps + lane / 4;
-      float* const at = map + (p.wide_kv ? tile / 2 : tile);
-      if (p.sum) {
-        // To a multiple of 2^-23: then every order of additions gives the same sum.
-        const float value = (x[0][0] * share + 1.0f) - 1.0f;
-        if (tile < tiles && value != 0.0f) atomicAdd(at, value);
-      } else {
-        const int value = __float_as_int(x[0][0]);
-        if (tile < tiles && value != 0) atomicMax(reinterpret_cast<int*>(at), value);
-      }
-    });
-  }
-
-  // Every row by itself: 32 bytes of it (16 if KV blocks are wide) are a lane's.
+  // Every row by itself.
   __device__ __forceinline__ void write_rows(float* map, int rows, int tiles,
-                                             const float (&reference)[2],
-                                             const float (&inverse)[2]) const {
-    const int lane = lane_id();
-    for_batches(tiles, [&](int first, const Numbers& numbers) {
-      float x[2][kSteps];
-      probabilities(numbers, first, rows, tiles, reference, inverse, x);
-      const int tile = first + lane % 4 * kSteps;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = lane / 4 + 8 * half;
-        if (row >= rows) continue;
-        float* const map_row = map + row * p.map_cols;
+                                             const Known& known) const {
+    const int in_block = p.wide_kv ? 2 : 1;
+    const int cols = (tiles + in_block - 1) / in_block;
+#pragma unroll 1
+    for (int first = 0; first < tiles; first += kAhead * kBatch) {
+      const int tile = first + lane_id();
+      float* const at = map + tile / in_block;
+      for_rows(first, rows, tiles, known, [&](int batch, int row, float log) {
+        float x = exp2_fast(log);
         if (p.wide_kv) {
-#pragma unroll
-          for (int i = 0; i < kSteps / 2; ++i) {
-            x[half][i] = pool(x[half][2 * i], x[half][2 * i + 1]);
-          }
-          store<kSteps / 2>(map_row, tile / 2, (tiles + 1) / 2, x[half]);
-        } else {
-          store<kSteps>(map_row, tile, tiles, x[half]);
+          const float other = __shfl_xor_sync(kFullWarp, x, 1);
+          x = p.sum ? x + other : max_or_nan(x, other);
         }
-      }
-    });
-  }
-
-  // Blocks first .. first + kCount - 1 of a row, of which those from `blocks` on are not touched.
-  template <int kCount>
-  __device__ __forceinline__ void store(float* map_row, int first, int blocks,
-                                        const float (&x)[kSteps]) const {
-    float* const at = map_row + first;
-    if (p.map_cols % 4 == 0 && first + kCount <= blocks) {
-#pragma unroll
-      for (int i = 0; i < kCount; i += 4) {
-        __stcs(reinterpret_cast<float4*>(at + i), make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
-      }
-      return;
+        const bool exists = row < rows && tile + batch * kBatch < tiles;
+        if (exists && tile % in_block == 0) {
+          __stcs(at + row * p.map_cols + batch * kBatch / in_block, x);
+        }
+      });
     }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (first + i < blocks) __stcs(at + i, x[i]);
+    if (p.zeroed) return;
+#pragma unroll 1
+    for (int row = 0; row < min(rows, kRows); ++row) {
+#pragma unroll 4
+      for (int64_t col = cols + lane_id(); col < p.map_cols; col += 32) {
+        __stcs(map + row * p.map_cols + col, 0.0f);
+      }
     }
   }
 

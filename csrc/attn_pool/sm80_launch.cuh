@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "attn_pool/dense.h"
@@ -14,12 +15,16 @@
 
 namespace seer {
 
-// CTAs that work at a time: those that fit on the device.
+// CTAs that work at a time: those that fit on the device. Asked once per device.
 template <class Traits>
 cudaError_t sm80_pool_ctas(int64_t* ctas) {
   constexpr auto kKernel = &dev::block_sparse_attn_sm80<Traits>;
+  constexpr int kDevices = 64;
+  static std::atomic<int64_t> known[kDevices];  // 0: not asked yet
   int device = 0, processors = 0, fitting = 0;
   cudaError_t error = cudaGetDevice(&device);
+  *ctas = error == cudaSuccess && device < kDevices ? known[device].load() : 0;
+  if (*ctas != 0) return error;
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   }
@@ -29,6 +34,7 @@ cudaError_t sm80_pool_ctas(int64_t* ctas) {
                                                           Traits::kSmemBytes);
   }
   *ctas = int64_t{processors} * std::clamp(fitting, 1, Traits::kMinCtas);
+  if (error == cudaSuccess && device < kDevices) known[device].store(*ctas);
   return error;
 }
 

@@ -82,8 +82,8 @@ struct Sm80RowMap {
           parked.rows_q, static_cast<int>(__reduce_max_sync(kFullWarp, parked.tiles))};
       if (!__any_sync(kFullWarp, group.row < group.rows_q)) continue;
       const float reference[2] = {softmax.reference[2 * m], softmax.reference[2 * m + 1]};
-      const float inverse[2] = {softmax.inverse_sum(2 * m), softmax.inverse_sum(2 * m + 1)};
-      RowStrip(p.map, strip(m)).finish(group, reference, inverse);
+      const float sum[2] = {softmax.sum[2 * m], softmax.sum[2 * m + 1]};
+      RowStrip(p.map, strip(m)).finish(group, reference, sum);
     }
   }
 
@@ -99,7 +99,7 @@ struct Sm80RowMap {
       const float reference[2] = {softmax.reference[2 * m], softmax.reference[2 * m + 1]};
       const float pair[2] = {values[2 * m], values[2 * m + 1]};
       float* const at = RowStrip(p.map, strip(m)).lane_place();
-      RowStrip::keep<kSum>(at, tile, RowStrip::pair<kSum>(at, pair), reference);
+      RowStrip::keep<kSum, kSum>(at, tile, RowStrip::pair<kSum>(at, pair), reference);
     }
   }
 };

@@ -3,8 +3,8 @@
 // every row and KV tile (row_map.cuh): its traits, parameters and Traits::Map
 // (block_sparse_attn/sm90_no_map.cuh).
 //
-// Cost per warp and KV tile: 30 maxima, independent of the weights and next to their exp2 (sums are
-// there anyway); two shuffles and a store in the shadow of P V. At the end of a unit 5 instructions
+// Cost per warp and KV tile: 16 maxima of three (sums are there anyway); two shuffles, a logarithm
+// and a store while the tensor cores work on P V. At the end of a unit 3 instructions
 // per tile.
 #pragma once
 
@@ -30,25 +30,19 @@ class Sm90RowMap {
   __device__ __forceinline__ explicit Sm90RowMap(const Sm90PoolParams& params)
       : p(params), at(strip().lane_place()) {}
 
-  // The lane's scores; times `scale` they are in units of log2.
-  template <class Softmax>
-  __device__ __forceinline__ void note_scores(const Softmax&, const float (&scores)[32],
-                                              float scale) {
-    if constexpr (!kSum) {
-      float top[2];
-      Softmax::maxima(scores, top);
-      top[0] *= scale;
-      top[1] *= scale;
+  // The lane's weights of a KV tile and their sums, under the present references.
+  __device__ __forceinline__ void note(const float (&weights)[32], const float (&added)[2]) {
+    if constexpr (kSum) {
+      noted = RowStrip::pair<true>(at, added);
+    } else {
+      const float top[2] = {largest(weights, 0), largest(weights, 1)};
       noted = RowStrip::pair<false>(at, top);
     }
-  }
-  __device__ __forceinline__ void note_sums(const float (&added)[2]) {
-    if constexpr (kSum) noted = RowStrip::pair<true>(at, added);
   }
 
   // Keeps what was noted, of KV tile `tile`.
   __device__ __forceinline__ void keep(int tile, const float (&reference)[2]) const {
-    RowStrip::keep<kSum>(at, tile, noted, reference);
+    RowStrip::keep<kSum, true>(at, tile, noted, reference);
   }
 
   template <class Softmax>
@@ -59,11 +53,19 @@ class Sm90RowMap {
         unit.head,    page.batch,
         page.q_start, unit.first_row + thread_id() % 128 / 32 * RowStrip::kRows,
         page.rows_q,  static_cast<int>(__reduce_max_sync(kFullWarp, unit.tiles))};
-    const float inverse[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
-    strip().finish(group, softmax.references(), inverse);
+    strip().finish(group, softmax.references(), softmax.sums());
   }
 
  private:
+  // The largest weight of the lane's row `half`. From 0 on, numbers compare as their bits do, and
+  // of integers one instruction finds the largest of three.
+  static __device__ __forceinline__ float largest(const float (&weights)[32], int half) {
+    const auto bits = [&](int j, int c) { return __float_as_int(weights[4 * j + 2 * half + c]); };
+    int top = __vimax3_s32(bits(0, 0), bits(0, 1), 0);
+#pragma unroll
+    for (int j = 1; j < 8; ++j) top = __vimax3_s32(bits(j, 0), bits(j, 1), top);
+    return __int_as_float(top);
+  }
   __device__ __forceinline__ RowStrip strip() const {
     constexpr unsigned kWarps = 12, kFirstWarp = 4;
     return RowStrip(p.map, blockIdx.x * kWarps + (unsigned(thread_id()) / 32 - kFirstWarp));

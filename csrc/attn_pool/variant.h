@@ -29,10 +29,15 @@ struct AttnPoolKey {
 
 // The part of the workspace in front of the strips: Hopper's tile counter, and alignment.
 constexpr int64_t kAttnPoolStripsOffset = 256;
-// A strip holds a value for every 64 columns. Padded to 32 of them, which are read together.
-constexpr int64_t attn_pool_strip_tiles(int64_t rows_kv) { return ceil_div(rows_kv, 2048) * 32; }
+// A strip holds a value for every 64 columns.
+constexpr int64_t attn_pool_strip_tiles(int64_t rows_kv) { return ceil_div(rows_kv, 64); }
 
-// Enqueues one kernel with params that were checked, pooled being zero; returns the cudaError_t.
+// Whether the kernel wants the map zeroed. Else it writes all of it: rows of tokens are its own.
+constexpr bool attn_pool_wants_zeros(const AttnPoolParams& params) {
+  return !params.per_token || params.cu_seqlens_q != nullptr;
+}
+
+// Enqueues one kernel with params that were checked, pooled being zero if it wants that; returns the cudaError_t.
 template <AttnPoolKey kKey>
 int launch_attn_pool_variant(const AttnPoolParams& params, CUstream_st* stream);
 

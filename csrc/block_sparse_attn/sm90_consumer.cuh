@@ -241,10 +241,9 @@ class Consumer {
       if (load.masked()) mask(entry_tile(reader.entry(load.position(), entries)));
       rescales = softmax.raise(scores, scale, shrink);
     }
-    if constexpr (Map::kKeeps) map.note_scores(softmax, scores, scale);
     float added[2];
     rescales = softmax.weigh(scores, scale, shrink, rescales, added);
-    if constexpr (Map::kKeeps) map.note_sums(added);
+    if constexpr (Map::kKeeps) map.note(scores, added);
     // Not under a condition: the four warps must meet here, and each has its own references.
     cute::warpgroup_wait<0>();
     pin(out);

@@ -2,10 +2,9 @@
 // What a consumer of the Hopper kernel keeps of the scores beside the output: Traits::Map. Of
 // block_sparse_attn that is nothing; attn_pool/sm90_row_map.cuh keeps a number per row and KV tile.
 //
-//   note_scores()  right before the scores of a KV tile become weights; masked ones are -inf
-//   note_sums()    with the sums of those weights
-//   keep()         while the tensor cores work on that tile's P V: whatever takes time belongs here
-//   finish()       once per unit, when its sums are final and its output is stored; the page is still held
+//   note()    with the weights of a KV tile and their sums; masked ones are 0
+//   keep()    while the tensor cores work on that tile's P V: whatever takes time belongs here
+//   finish()  once per unit, when its sums are final and its output is stored; the page is still held
 //
 // A tile that is streamed again (sm90_softmax.cuh) gives all of its notes again. Warps whose result
 // is not final do not call finish().

@@ -160,6 +160,8 @@ class Sm90Softmax {
   }
   // What the weights of a row are relative to at present.
   __device__ __forceinline__ const float (&references() const)[2] { return reference; }
+  // Of the weights of a row: after finish(), all of it.
+  __device__ __forceinline__ const float (&sums() const)[2] { return sum; }
 
  private:
   static constexpr float kSlack = 8.0f;  // a careful reference rises when outgrown by 2^8

@@ -2,6 +2,7 @@
 #include "seer/attn_pool.h"
 
 #include <cstring>
+#include <optional>
 #include <tuple>
 
 #include "attention_args.h"
@@ -36,14 +37,16 @@ void check(const AttentionArgs& args, int64_t reduce) {
               "Call seer_cuda.attn_pool, which takes names.");
 }
 
-// Whether a kernel of family `arch` (0: any) serves checked arguments on q's device. A family that
-// was asked for by name must serve them.
-bool has_kernel(const AttentionArgs& args, int64_t arch) {
-  if (arch != 0) return true;
-  if (attn_pool_variants().empty()) return false;
-  CudaScope scope(args.q);
+// Bytes of workspace for the kernel of family `arch` (0: any) that serves checked arguments on the
+// current device, or nothing if none does. A family that was asked for by name must serve them.
+std::optional<int64_t> workspace_bytes(const AttentionArgs& args, int64_t arch) {
+  auto params = problem_params<AttnPoolParams>(kOp, args);
+  params.arch = static_cast<int>(arch);
   int64_t bytes = 0;
-  return attn_pool_workspace(problem_params<AttnPoolParams>(kOp, args), &bytes).ok();
+  const Status status = attn_pool_workspace(params, &bytes);
+  if (arch == 0 && status.code == Code::kUnsupported) return std::nullopt;
+  kOp.ok(status);  // an error of the device is told, not hidden behind slower code
+  return bytes;
 }
 
 }  // namespace
@@ -59,11 +62,17 @@ std::tuple<Tensor, Tensor, Tensor> attn_pool_on(const Tensor& q, const Tensor& k
       q,          k,          v, block_q, block_kv, causal, scale, cu_seqlens_q, cu_seqlens_kv,
       max_rows_q, max_rows_kv};
   check(args, reduce);
-  if (q.is_cuda() && !has_kernel(args, arch)) {
-    auto [out, lse, pooled] =
-        call_op<3>("seer::_attn_pool_torch", q, k, v, block_q, block_kv, causal, scale, per_token,
-                   cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv, reduce);
-    return {out, lse, pooled};
+  std::optional<CudaScope> scope;
+  std::optional<int64_t> bytes;
+  if (q.is_cuda()) {
+    scope.emplace(q);
+    bytes = workspace_bytes(args, arch);
+    if (!bytes) {
+      auto [out, lse, pooled] =
+          call_op<3>("seer::_attn_pool_torch", q, k, v, block_q, block_kv, causal, scale, per_token,
+                     cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv, reduce);
+      return {out, lse, pooled};
+    }
   }
   Tensor out = empty_out(args), lse = empty_lse(args), pooled = empty_pooled(args, per_token);
   auto params = attention_params<AttnPoolParams>(kOp, args, out, lse);
@@ -76,14 +85,11 @@ std::tuple<Tensor, Tensor, Tensor> attn_pool_on(const Tensor& q, const Tensor& k
     kOp.ok(attn_pool_cpu(params, torch_parallel_for()));
     return {out, lse, pooled};
   }
-  CudaScope scope(q);
   params.arch = static_cast<int>(arch);
-  int64_t bytes = 0;
-  kOp.ok(attn_pool_workspace(params, &bytes));
   // Freed behind the launch, in the order of the stream: the allocator gives it to nobody earlier.
-  const Tensor workspace = empty({bytes}, ScalarType::Byte, q);
+  const Tensor workspace = empty({*bytes}, ScalarType::Byte, q);
   params.workspace = workspace.mutable_data_ptr();
-  kOp.ok(launch_attn_pool(params, scope.stream()));
+  kOp.ok(launch_attn_pool(params, scope->stream()));
   return {out, lse, pooled};
 }
 

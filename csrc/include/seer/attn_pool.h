@@ -88,8 +88,8 @@ int64_t attn_pool_map_elements(const AttnPoolParams& params);
 // rows_q, heads and batch: 52 MB at 32768 columns on 132 processors of compute capability 9.0.
 Status attn_pool_workspace(const AttnPoolParams& params, int64_t* bytes);
 
-// Enqueues the kernel on `stream` of the current device, behind a memset of `pooled`. No
-// allocation, no synchronisation.
+// Enqueues the kernel on `stream` of the current device, behind a memset of `pooled` where it does
+// not write all of it. No allocation, no synchronisation.
 Status launch_attn_pool(const AttnPoolParams& params, CUstream_st* stream);
 
 // The CPU kernel.
