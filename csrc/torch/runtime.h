@@ -103,7 +103,8 @@ class CudaScope {
   CUstream_st* stream_ = nullptr;
 };
 
-// Calls an op that returns `kResults` tensors. The dispatcher takes over the boxed arguments.
+// Calls an op that returns `kResults` tensors. The dispatcher takes over the boxed arguments, once it
+// has found the schema: `name` must be one that this library registers, or they would leak.
 template <size_t kResults, class... Args>
 std::array<Tensor, kResults> call_op(const char* name, const Args&... args) {
   static_assert(kResults <= sizeof...(Args), "results take the places of the arguments");
