@@ -373,6 +373,9 @@ def test_the_page_is_made_of_the_result(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     text = page.generated(page.PAGE.read_text(), made_up_result())
     assert "| learned gate | **1.0100 +- 0.0010** (1.0050 to 1.0150) |" in text
+    assert "sparsity, a ratio of at most 1.003: missed by all 2 seeds (1.0050 to 1.0150)" in text
+    assert "sparsity, a ratio of at most 1.05: met by all 2 seeds" in text
+    assert "the gate is better in 2 of 2 comparisons" in text
     assert "| random | +1.00 +- 0.10 (2/2) |" in text
     assert "| 0.0005 (chosen) | 10.0% |" in text
     assert "| m | 32k | gates, 10.0% kept | 50 | 10 | 60% | 2.00x | 6.00x |" in text
