@@ -16,9 +16,12 @@ from typing import Any
 from bench.experiment.results import EXAMPLE, RESULTS
 from bench.figures import with_section
 from bench.source import ROOT
+from seer_cuda.integrations.transformers._study import GATE, ORACLE
 
 PAGE = ROOT / "docs" / "experiment.md"
 IMAGES = ROOT / "docs" / "img"
+# (density, largest ratio of perplexity): what the experiment is to show.
+GOALS = ((0.5, 1.003), (0.1, 1.05))
 FIGURES = ("accuracy", "time", "mask", "training")
 
 
@@ -154,6 +157,49 @@ def paired(result: dict[str, Any]) -> str:
     )
 
 
+def findings(result: dict[str, Any]) -> str:
+    """What the tables say, in words that follow from the numbers."""
+    at = {
+        (row["method"], row["value"]): row
+        for row in result["eval"]["rows"]
+        if row["rule"] == "density"
+    }
+    lines = []
+    for density, most in GOALS:
+        row = at.get((GATE, density))
+        if row is not None:
+            met = "met by" if row["ratio_high"] <= most else "missed by"
+            every = sum(ratio <= most for ratio in row["seeds"])
+            of = len(row["seeds"])
+            seeds = f"all {of} seeds" if every in (0, of) else f"{of - every} of {of} seeds"
+            lines.append(
+                f"- Goal at {1 - density:.0%} sparsity, a ratio of at most {most:g}: {met} {seeds} "
+                f"({row['ratio_low']:.4f} to {row['ratio_high']:.4f})."
+            )
+    words = {"better": [], "not told apart": [], "worse": []}
+    for row in result["eval"]["paired"]:
+        if row["method"] != ORACLE:
+            sure = abs(row["gain"]) > 2 * (row["error"] or 0.0)
+            kind = ("better" if row["gain"] > 0 else "worse") if sure else "not told apart"
+            words[kind].append(f"{row['method']} at {1 - row['density']:.0%}")
+    count = sum(map(len, words.values()))
+    better = len(words["better"])
+    lines.append(
+        f"- Goal of beating every choice without training at every sparsity: the gate is better in "
+        f"{better} of {count} comparisons by more than two standard errors."
+    )
+    for kind, text in (("not told apart", "Within two standard errors"), ("worse", "Worse than")):
+        if words[kind]:
+            lines.append(f"- {text}: {', '.join(words[kind])} sparsity.")
+    gaps = [
+        f"{100 * (row['ratio'] - at[ORACLE, density]['ratio']):+.2f} at {1 - density:.0%}"
+        for (method, density), row in at.items()
+        if method == GATE
+    ]
+    lines.append(f"- Distance from the oracle in percent of perplexity: {', '.join(gaps)}.")
+    return "\n".join(lines)
+
+
 def threshold(result: dict[str, Any]) -> str:
     """The threshold rule on the held-out windows."""
     rows = [row for row in result["eval"]["rows"] if row["rule"] == "threshold"]
@@ -204,6 +250,7 @@ def stages(result: dict[str, Any]) -> str:
 
 SECTIONS = {
     "setup": setup,
+    "findings": findings,
     "accuracy": accuracy,
     "paired": paired,
     "threshold": threshold,

@@ -204,9 +204,9 @@ def measure(
                 try:
                     row(length, attention)
                 except RuntimeError as error:
-                    if "No available kernel" not in str(error):
-                        raise
-                    log(f"{name}: {attention}: no kernel for these sizes")
+                    # An attention that does not serve these sizes is left out, and says why.
+                    reason = str(error).partition("\n")[0]
+                    log(f"{name}: {attention}: left out ({reason})")
         best = min((r["ms"], r["attention"]) for r in rows if r["tokens"] == lengths[0])[1]
     if adapter is None:
         seer_hf.attach(model)
