@@ -171,6 +171,11 @@ def test_layer_times_have_every_layer_and_density(model, window):
     assert all(row[key] > 0 for row in rows for key in ("dense_ms", "gate_ms", "sparse_ms"))
 
 
+def test_lines_that_were_not_measured_are_not_drawn():
+    row = {"method": "random", "rule": "density", "kept": 0.5}
+    assert _report.curves([{"method": "dense"}, row]) == {"random": [row]}
+
+
 def test_the_command(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -132,7 +132,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         if row["method"] != DENSE:
             name = row["method"] if row["rule"] == "density" else _THRESHOLD
             lines.setdefault(name, []).append(row)
-    order = {name: sorted(lines[name], key=lambda row: row["kept"]) for name in STYLE}
+    order = {name: sorted(lines.get(name, ()), key=lambda row: row["kept"]) for name in STYLE}
     return {name: own for name, own in order.items() if own}
 
 
