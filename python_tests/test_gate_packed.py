@@ -218,6 +218,26 @@ def test_torch_operations(rule, causal, seed):
     assert (masks[0] != masks[1]).sum() <= 1
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_torch_operations_on_chunks(rule, seed):
+    """The longest queries and the longest keys belong to two sequences: the batch's own diagonal is
+    nobody's."""
+    blocks = {"block_q": 16, "block_kv": 16}
+    rows_q, rows_kv = [16, 100, 32, 16], [80, 100, 640, 16]
+    lengths = [inputs.packed(rows) for rows in (rows_q, rows_kv)]
+    q, k = gates(
+        "cpu", torch.float32, batch=4, blocks=(7, 40), heads=(4, 2), gate_dim=48, seed=seed
+    )
+    made = ops._gate_scores_torch(q, k, *lengths, **blocks)
+    torch.testing.assert_close(
+        made, ops.gate_scores(q, k, *lengths, **blocks), rtol=1e-5, atol=1e-5
+    )
+    kw = blocks | RULES[rule] | FORCED["all_forced"]
+    bits = [op(q, k, *lengths, **kw) for op in (ops._gate_select_torch, ops.gate_select)]
+    masks = [reference.unpack_block_bits(x, 40) for x in bits]
+    assert (masks[0] != masks[1]).sum() <= 1
+
+
 @pytest.mark.parametrize("pools", range(1, 8))
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_torch_pooling(lengths, pools, seed):

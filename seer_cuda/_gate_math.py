@@ -351,7 +351,18 @@ def gate_select(
     step = chunk_rows or max(1, _TILE_ELEMENTS // (batch * heads_q * blocks_kv))
     for first in range(0, blocks_q, step):
         last = min(first + step, blocks_q)
-        scores = gate_scores(q_gate, k_gate, scale=scale, causal=causal, first=first, last=last)
+        scores = gate_scores(
+            q_gate,
+            k_gate,
+            cu_seqlens_q,
+            cu_seqlens_kv,
+            scale=scale,
+            causal=causal,
+            block_q=block_q,
+            block_kv=block_kv,
+            first=first,
+            last=last,
+        )
         visible = _visible(q_gate, k_gate, extents, causal, first, last)
         kept = select_scores(scores, visible, method, value, blocks_kv=own_kv)
         kept |= forced_blocks(visible, own_q, sink, local, dense_last_rows, first)
