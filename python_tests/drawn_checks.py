@@ -14,9 +14,9 @@ import patterns
 import selection
 import torch
 from drawn_cases import Case
+from pooled import pool_op
+from pooled import run_and_check_pool as check_attn_pool
 from samples import as_tuple
-from test_attn_pool import pool_op
-from test_attn_pool import run_and_check_pool as check_attn_pool
 from test_gate_ops import SCORE_AXES, rope
 from test_gate_ops import run_and_check_pool as check_pool_gate
 from test_gradients import op_grads, oracle_grads
