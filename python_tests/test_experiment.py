@@ -203,6 +203,36 @@ def test_training_goes_on_after_a_kill(folder, tmp_path, monkeypatch):
     assert train.run(tmp_path, settings, "cpu") == tmp_path / "model"
 
 
+def test_a_cut_line_is_measured_again_and_spoils_none(tmp_path, monkeypatch):
+    path = tmp_path / "points_baselines_test.jsonl"
+    path.write_text('{"window": 0, "points": []}\n{"window": 1, "poi')
+    monkeypatch.setattr(evaluate, "model_with_gates", lambda *args: None)
+    monkeypatch.setattr(corpus, "windows", lambda *args: np.zeros((3, 4), np.int64))
+    measured = []
+    monkeypatch.setattr(_study, "measure", lambda *args, window: measured.append(window) or [])
+    evaluate.run(tmp_path, SETTINGS, evaluate.BASELINES, "cpu", lambda text: None)
+    assert measured == [1, 2]
+    assert [json.loads(line)["window"] for line in path.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_steps_that_are_done_again_are_logged_once(folder, tmp_path, monkeypatch):
+    """Killed before the first checkpoint: the log then begins anew."""
+    for name in ("tokenizer", "train.npy", "corpus.json"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "train").mkdir()
+    path = tmp_path / "train" / "log.csv"
+    path.write_text(",".join(train._COLUMNS) + "\r\n20,1.0,128,100,5.0,0.1,1.0\r\n40,2")
+    train.run(tmp_path, replace(SETTINGS, minutes=0.01), "cpu", lambda text: None)
+    lines = path.read_text().splitlines()
+    steps = [int(line.split(",")[0]) for line in lines[1:]]
+    assert lines[0] == ",".join(train._COLUMNS) and steps[0] == 1
+    assert steps == sorted(set(steps))
+    assert (tmp_path / "model" / "config.json").is_file()
+    # Goes on after step 1: later rows are gone, a row that was cut off too.
+    path.write_text("\n".join([lines[0], lines[1], "20,1.0,128,100,5.0,0.1,1.0", "40,2"]))
+    assert train._log_until(path, 1).read_text().splitlines() == lines[:2]
+
+
 def test_released_files_from_the_published_shapes_load(tmp_path):
     from hf_models import make_model
 

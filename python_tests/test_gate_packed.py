@@ -310,6 +310,20 @@ def test_gradients_of_gate_scores(device, causal, seed):
             assert (a[n, ends[side] :] == 0).all()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_lies_past_a_sequence_has_no_part_in_gradients(device, causal, seed):
+    case = {"dtype": torch.float32, "heads": (4, 2), "gate_dim": 16, "block": 16}
+    case |= {"lengths": "ragged", "past": 64, "more": 1}
+    q, k, lengths, blocks, _ = packed_gates(device, case, seed)
+    grads = []
+    for pair in ((q, k), (q.nan_to_num(), k.nan_to_num())):
+        leaves = [x.requires_grad_() for x in pair]
+        scores = ops.gate_scores(*leaves, *lengths, causal=causal, **blocks)
+        grads.append(torch.autograd.grad(scores, leaves, torch.ones_like(scores)))
+    for dirty, clean in zip(*grads, strict=True):
+        assert clean.any() and torch.equal(dirty, clean)
+
+
 def test_tokens_of_no_sequence_get_no_gradient(seed):
     """Where max_rows cuts sequences, which CUDA allows; here the formulas alone."""
     from seer_cuda import _gate_packed

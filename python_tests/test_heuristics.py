@@ -99,6 +99,12 @@ def test_sink_local_orders_sink_then_distance():
     assert order.tolist() == [1, 0, 4, 3, 2]
 
 
+def test_sinks_come_first_in_long_prompts():
+    blocks = 10_100
+    last = heuristics.sink_local(blocks, block=1)[0, 0, -1]
+    assert last.argsort(descending=True)[:2].tolist() == [0, blocks - 1]
+
+
 def test_random_follows_from_its_seed():
     one, same, other = (heuristics.random(40, 3, block=8, seed=seed) for seed in (5, 5, 6))
     assert one.shape == (1, 3, 5, 5) and torch.equal(one, same) and not torch.equal(one, other)

@@ -234,6 +234,8 @@ def gate_scores_backward(
     if causal or extents is not None:
         visible = _visible(q_gate, k_gate, extents, causal, 0, blocks_q)
         grad = grad.masked_fill(~visible, 0)
+    if extents is not None:
+        q_gate, k_gate = extents.cleared(q_gate, k_gate)
     grad = (grad.to(wide) * scale).unflatten(1, (heads_k, heads_q // heads_k))
     queries = q_gate.to(wide).unflatten(2, (heads_k, heads_q // heads_k))
     grad_q = torch.einsum("bugij,bjud->biugd", grad, k_gate.to(wide)).flatten(2, 3)

@@ -130,3 +130,12 @@ class Extents(NamedTuple):
         j = torch.arange(blocks_kv, device=self.blocks_q.device)
         seen = (i < self.blocks_q) & (j < self.blocks_kv)
         return seen & (j <= i + self.blocks_kv - self.blocks_q) if causal else seen
+
+    def cleared(self, q_gate: Tensor, k_gate: Tensor) -> tuple[Tensor, Tensor]:
+        """Both with 0 past every sequence, where 0 times what lies there may be NaN."""
+
+        def one(gate: Tensor, blocks: Tensor) -> Tensor:
+            at = torch.arange(gate.shape[1], device=gate.device)[:, None, None]
+            return gate.masked_fill(at >= blocks, 0)
+
+        return one(q_gate, self.blocks_q), one(k_gate, self.blocks_kv)

@@ -15,8 +15,6 @@ from torch import Tensor
 from seer_cuda._attn_math import matmul
 from seer_cuda.block_mask import ceil_div
 
-_FIRST = 1e4  # above every index of a block
-
 
 def vertical_slash(
     q: Tensor, k: Tensor, *, block: int = 64, last: int = 64, scale: float | None = None
@@ -151,7 +149,7 @@ def sink_local(
     """
     blocks = ceil_div(rows, block)
     scores = torch.arange(blocks, dtype=torch.float32, device=device).repeat(blocks, 1)
-    scores[:, :sink] += _FIRST
+    scores[:, :sink] += blocks  # above every index of a block
     return scores[None, None]
 
 

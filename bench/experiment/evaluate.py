@@ -57,6 +57,7 @@ def run(folder: Path, settings: Settings, group: str, device: str, log=print) ->
     for split, (count, wanted) in sets.items():
         windows = corpus.windows(folder, split, count, length)
         path = folder / f"points_{group}_{split}.jsonl"
+        _drop_cut_line(path)
         done = {line["window"] for line in _lines(path)}
         for index, window in enumerate(windows):
             if index in done:
@@ -95,6 +96,13 @@ def load_example(path: Path) -> _study.Example:
     rows, block = state["rows"], state["block"]
     mask = BlockMask(state["bits"], block, block, rows, rows, True)
     return _study.Example(state["layer"], state["density"], mask, state["pooled"].float())
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Takes off what a kill left of a line, which the next one would be glued to."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

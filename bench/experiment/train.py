@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -189,10 +190,8 @@ def run(folder: Path, settings: Settings, device: str, log=print) -> Path:
         trainer.optimiser.load_state_dict(state["optimiser"])
         step, seconds, tokens = state["step"], state["seconds"], state["tokens"]
         log(f"going on after step {step}, {seconds:.0f} s")
-    file = (checkpoint.parent / "log.csv").open("a", newline="")
+    file = _log_until(checkpoint.parent / "log.csv", step).open("a", newline="")
     writer = csv.writer(file)
-    if step == 0:
-        writer.writerow(_COLUMNS)
     began, budget, saved = time.monotonic() - seconds, 60 * settings.minutes, seconds
     while seconds < budget:
         done = seconds / budget
@@ -218,10 +217,23 @@ def run(folder: Path, settings: Settings, device: str, log=print) -> Path:
     _save(checkpoint, trainer, step, seconds, tokens)
     model = trainer.model.to(torch.bfloat16 if device == "cuda" else torch.float32)
     model.set_attn_implementation("sdpa")
-    tokenizer.save_pretrained(out)
-    model.save_pretrained(out)
+    # In place as a whole: its config.json says that training is over.
+    part = folder / ".model.part"
+    shutil.rmtree(part, ignore_errors=True)
+    tokenizer.save_pretrained(part)
+    model.save_pretrained(part)
+    part.replace(out)
     log(f"trained {step} steps, {tokens / 1e6:.1f} M tokens in {seconds:.0f} s")
     return out
+
+
+def _log_until(path: Path, step: int) -> Path:
+    """The log without the rows after the checkpoint, whose steps are done again."""
+    rows = list(csv.reader(path.open(newline=""))) if step and path.is_file() else []
+    rows = [row for row in rows[1:] if len(row) == len(_COLUMNS) and int(row[0]) <= step]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([_COLUMNS, *rows])
+    return path
 
 
 def _save(path: Path, trainer: Trainer, step: int, seconds: float, tokens: int) -> None:
