@@ -36,7 +36,6 @@ __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-
 // Groups of this thread's copies: all since the last commit. Waits until at most kPending of the
 // latest groups are on their way.
 __device__ __forceinline__ void cp_async_commit() {

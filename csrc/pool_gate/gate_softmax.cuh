@@ -25,15 +25,17 @@ struct SoftmaxSum {
     return max_or_nan(highest, max_or_nan(low, high));
   }
 
-  // 8 scores, hidden ones -inf, with a finite maximum. Every rounding is written out, so that a
-  // row's sum is the same in every kernel that computes it, however the compiler fuses.
+  // 8 scores, hidden ones -inf, with a finite maximum, or all of them and of those before hidden.
+  // Every rounding is written out, so that a row's sum is the same in every kernel that computes
+  // it, however the compiler fuses.
   __device__ __forceinline__ void add(const float (&x)[8], float top) {
+    const float from = top == -INFINITY ? 0.0f : top;
     float weight[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) weight[i] = exp_of(x[i] - top);
+    for (int i = 0; i < 8; ++i) weight[i] = exp_of(x[i] - from);
     const float low = __fadd_rn(__fadd_rn(weight[0], weight[1]), __fadd_rn(weight[2], weight[3]));
     const float high = __fadd_rn(__fadd_rn(weight[4], weight[5]), __fadd_rn(weight[6], weight[7]));
-    total = __fmaf_rn(total, exp_of(highest - top), __fadd_rn(low, high));
+    total = __fmaf_rn(total, exp_of(highest - from), __fadd_rn(low, high));
     highest = top;
   }
 
@@ -123,7 +125,7 @@ struct LaneSums {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       top[i] = sum[i].top_with(x[i]);
-      ordinary = ordinary && fabsf(top[i]) < INFINITY;
+      ordinary = ordinary && (fabsf(top[i]) < INFINITY || (sees(i) <= 0 && top[i] == -INFINITY));
     }
     if (ordinary) {
 #pragma unroll
@@ -164,9 +166,13 @@ struct LaneTests {
     const int lane = lane_id();
     const float2* mine = sums + 8 * (lane % 4 % kRows) + lane / 4;  // lane i of a quad: row i
     SoftmaxSum row;
-    for (int c = 0; c < classes; ++c) row.highest = fmaxf(row.highest, mine[c * stride].x);
-    for (int c = 0; c < classes; ++c) {
-      const float2 part = mine[c * stride];
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c) {
+      if (c < classes) row.highest = fmaxf(row.highest, mine[c * stride].x);
+    }
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c) {
+      const float2 part = c < classes ? mine[c * stride] : float2{-INFINITY, 0.0f};
       row.total = __fmaf_rn(part.y, softmax_weight(part.x, row.highest), row.total);
     }
     ThresholdTest own;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Selection by a threshold on the softmax: two passes over the scores, recomputed, never stored.
 //
-//   1. maximum and sum of exponentials of each row, per lane, merged at the end
+//   1. maximum and sum of exponentials of each row, class by class of its columns
 //   2. p > value, that is score - highest > log(value * total): no exponential, no division
 //
 // A warp works on the scores of all its rows at once, without a branch between rows: the chains of
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(32 * kThresholdWarps, kMTiles == 1 ? 4 : 3)
       },
       [&](int done) { lane_sums.finish_class(sums + done * kTileRows); });
   __syncwarp();
-  const LaneTests<kRows> tests(sums, kTileRows, min((columns + Stream::kKeys - 1) / Stream::kKeys, kClasses),
-                               static_cast<float>(p.value));
+  const int classes = min((columns + Stream::kKeys - 1) / Stream::kKeys, kClasses);
+  const LaneTests<kRows> tests(sums, kTileRows, classes, static_cast<float>(p.value));
 
   const int words = (static_cast<int>(gate.blocks_kv) + 31) / 32;
   uint32_t* bits = reinterpret_cast<uint32_t*>(p.block_bits) +

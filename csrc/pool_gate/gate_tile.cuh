@@ -32,20 +32,26 @@ __device__ __forceinline__ int packed_blocks(const int32_t* cu_seqlens, int b, i
   return static_cast<int>(min((rows + block - 1) / block, most));
 }
 
-// The longest rows of a causal triangle come first, so that the last CTAs are short ones.
+// Query head `head` of all heads of the batch.
 template <bool kPacked>
-__device__ __forceinline__ GatePlace gate_place(const GateScoresParams& p, int tile_rows) {
-  const uint32_t heads = static_cast<uint32_t>(p.batch) * p.heads_q, cta = blockIdx.x;
-  const uint32_t tiles = static_cast<uint32_t>((p.blocks_q + tile_rows - 1) / tile_rows);
-  const uint32_t head = cta % heads;
-  GatePlace at = {static_cast<int>(head / p.heads_q), static_cast<int>(head % p.heads_q),
-                  static_cast<int>(tiles - 1 - cta / heads) * tile_rows,
+__device__ __forceinline__ GatePlace place_of_head(const GateScoresParams& p, uint32_t head,
+                                                   int first_row) {
+  GatePlace at = {static_cast<int>(head / p.heads_q), static_cast<int>(head % p.heads_q), first_row,
                   static_cast<int>(p.blocks_q), static_cast<int>(p.blocks_kv)};
   if constexpr (kPacked) {
     at.blocks_q = packed_blocks(p.cu_seqlens_q, at.batch, p.block_q, p.blocks_q);
     at.blocks_kv = packed_blocks(p.cu_seqlens_kv, at.batch, p.block_kv, p.blocks_kv);
   }
   return at;
+}
+
+// The longest rows of a causal triangle come first, so that the last CTAs are short ones.
+template <bool kPacked>
+__device__ __forceinline__ GatePlace gate_place(const GateScoresParams& p, int tile_rows) {
+  const uint32_t heads = static_cast<uint32_t>(p.batch) * p.heads_q, cta = blockIdx.x;
+  const uint32_t tiles = static_cast<uint32_t>((p.blocks_q + tile_rows - 1) / tile_rows);
+  const int first_row = static_cast<int>(tiles - 1 - cta / heads) * tile_rows;
+  return place_of_head<kPacked>(p, cta % heads, first_row);
 }
 
 // Blocks [0, visible) of a row of the sequence can be seen.
