@@ -125,7 +125,14 @@ struct LaneSums {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       top[i] = sum[i].top_with(x[i]);
-      ordinary = ordinary && (fabsf(top[i]) < INFINITY || (sees(i) <= 0 && top[i] == -INFINITY));
+      ordinary = ordinary & (fabsf(top[i]) < INFINITY);
+    }
+    if (!ordinary) {  // still so, if the other rows have seen nothing yet
+      ordinary = true;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        ordinary = ordinary & ((fabsf(top[i]) < INFINITY) | ((sees(i) <= 0) & (top[i] < 0.0f)));
+      }
     }
     if (ordinary) {
 #pragma unroll

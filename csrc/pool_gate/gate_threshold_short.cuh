@@ -59,15 +59,18 @@ __global__ void __launch_bounds__(32 * kShortWarps, 2)
   const bool together = far_classes + near_classes <= kShortWarps;
 
   // Queries: [tile][slice of 32 channels][row][64 bytes].
-  for (int i = thread_id(); i < 2 * kShortRows * kDim / 8; i += 32 * kShortWarps) {
-    const int chunk = i % (kDim / 8), local = i / (kDim / 8);
-    const int row = (local < kShortRows ? far : near - kShortRows) + local;
-    cp_async_16<0>(smem_address(smem) + local / kShortRows * kSlices * kQuerySlice +
-                       chunk / 4 * kQuerySlice + local % kShortRows * 64 + chunk % 4 * 16,
-                   gate_rows(gate.q_gate, at.batch, at.head) +
-                       2 * min(row, static_cast<int>(gate.blocks_q) - 1) * gate.q_gate.row_stride +
-                       chunk * 16,
-                   true);
+  constexpr int kChunks = kDim / 8, kStep = 32 * kShortWarps / kChunks;  // rows at a time
+  {
+    const int chunk = thread_id() % kChunks, row = thread_id() / kChunks;
+    const char* const from = gate_rows(gate.q_gate, at.batch, at.head) + chunk * 16;
+    const uint32_t to = smem_address(smem) + chunk / 4 * kQuerySlice + chunk % 4 * 16 + row * 64;
+#pragma unroll
+    for (int i = 0; i < 2 * kShortRows; i += kStep) {
+      const int first = (i < kShortRows ? far : near) + i % kShortRows;
+      const int64_t query = min(first + row, static_cast<int>(gate.blocks_q) - 1);
+      cp_async_16<0>(to + i / kShortRows * kSlices * kQuerySlice + i % kShortRows * 64,
+                     from + 2 * query * gate.q_gate.row_stride, true);
+    }
   }
   const int words = (static_cast<int>(gate.blocks_kv) + 31) / 32;
   const auto words_of = [&](int row) {
@@ -89,17 +92,17 @@ __global__ void __launch_bounds__(32 * kShortWarps, 2)
     // Keys: a lane's own, as it will read them.
     const char* const ring =
         smem + 2 * kSlices * kQuerySlice + warp * kShortDepth * kKeySlice + lane_id() * 16;
+    const int first_key = column + lane_id() / 4;
+    const char* const keys =
+        key_rows(gate, at) + 2 * first_key * gate.k_gate.row_stride + lane_id() % 4 * 16;
     const auto load_slice = [&](int s, auto all) {
       const uint32_t to = smem_address(ring) + s % kShortDepth * kKeySlice;
-      int key = column + lane_id() / 4;
-      const char* const keys = key_rows(gate, at);
-      const char* from = keys + 2 * key * gate.k_gate.row_stride + lane_id() % 4 * 16 + 64 * s;
+      const char* from = keys + 64 * s;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        const bool valid = decltype(all)::value || key < static_cast<int>(gate.blocks_kv);
-        cp_async_16<0>(to + 512 * t, valid ? from : keys, valid);
+        const bool valid = decltype(all)::value || first_key + 8 * t < gate.blocks_kv;
+        cp_async_16<0>(to + 512 * t, valid ? from : gate.k_gate.data, valid);
         from += 16 * gate.k_gate.row_stride;
-        key += 8;
       }
     };
     const auto load = [&](int s) {
