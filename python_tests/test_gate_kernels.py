@@ -96,8 +96,8 @@ def test_a_row_does_not_depend_on_the_length(device, dtype, heads, seed):
         device, dtype, blocks=(blocks, blocks), heads=(heads, heads), gate_dim=gate_dim, seed=seed
     )
     prob = reference.gate_scores(q, k)[0, 0].softmax(-1)
-    rows = torch.randint(200, 512, (24 if device == "cuda" else 3,), generator=inputs.generator(seed))
-    for row in rows.tolist():
+    count = 24 if device == "cuda" else 3
+    for row in torch.randint(200, 512, (count,), generator=inputs.generator(seed)).tolist():
         kw = {"method": 0, "value": float(prob[row, row // 2])}
         bits = torch.ops.seer.gate_select(q, k, **kw)
         for n in (512, 509, 300, 64, 33):

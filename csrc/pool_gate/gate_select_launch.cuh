@@ -48,9 +48,9 @@ cudaError_t launch_threshold_short(const GateSelectParams& p, cudaStream_t strea
   if (cudaError_t error = allow_shared_memory<kKernel>(kSmemBytes); error != cudaSuccess) {
     return error;
   }
-  const auto grid = static_cast<unsigned>(int64_t{p.gate.batch} * p.gate.heads_q *
-                                          dev::short_ctas(p.gate.blocks_q));
-  kKernel<<<grid, 32 * dev::kShortWarps, kSmemBytes, stream>>>(p);
+  const int64_t tiles = ceil_div(p.gate.blocks_q, dev::kShortRows);
+  const auto grid = static_cast<unsigned>(int64_t{p.gate.batch} * p.gate.heads_q * tiles);
+  kKernel<<<grid, 32 * dev::kClasses, kSmemBytes, stream>>>(p);
   return cudaGetLastError();
 }
 
