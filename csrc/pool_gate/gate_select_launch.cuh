@@ -86,16 +86,16 @@ int launch_gate_select_variant(const GateSelectParams& p, CUstream_st* stream) {
   using Element = ElementOf<kKey.dtype>;
   switch (p.method) {
     case SelectMethod::kThreshold: {
-      // Twice the rows per CTA halve the traffic of keys; worth it once the GPU is full. A row's
-      // result is the same either way.
-      constexpr int64_t kEnough = 256;
-      // With the sizes of a packed sequence besides, the wide kernel would not fit its registers.
-      const bool one_pass = p.gate.blocks_kv <= dev::kShortBlocks;
-      if (p.gate.cu_seqlens_q != nullptr) {
-        return one_pass ? launch_threshold_short<Element, kKey.dim, true>(p, stream)
-                        : launch_threshold<Element, kKey.dim, 1, true>(p, stream);
+      // A row's result is the same whichever kernel it is.
+      const bool packed = p.gate.cu_seqlens_q != nullptr;
+      if (p.gate.blocks_kv <= dev::kShortBlocks) {
+        return packed ? launch_threshold_short<Element, kKey.dim, true>(p, stream)
+                      : launch_threshold_short<Element, kKey.dim, false>(p, stream);
       }
-      if (one_pass) return launch_threshold_short<Element, kKey.dim, false>(p, stream);
+      // With the sizes of a packed sequence besides, the wide kernel would not fit its registers.
+      if (packed) return launch_threshold<Element, kKey.dim, 1, true>(p, stream);
+      // Twice the rows per CTA halve the traffic of keys; worth it once the GPU is full.
+      constexpr int64_t kEnough = 256;
       const int64_t wide = ceil_div(p.gate.blocks_q, 32 * dev::kThresholdWarps);
       return int64_t{p.gate.batch} * p.gate.heads_q * wide >= kEnough
                  ? launch_threshold<Element, kKey.dim, 2, false>(p, stream)

@@ -17,7 +17,7 @@ constexpr int kShortBlocks = kClasses * kShortColumns;
 constexpr int kShortRows = 32;
 constexpr int kShortDepth = 2;  // slices of 32 channels on their way
 
-// Queries, then the keys that are on their way.
+// Queries, then the keys that are on their way: at most 72 KB, which a CTA may have on every GPU.
 template <int kDim>
 constexpr int short_smem_bytes() {
   return 2 * kDim * kShortRows + kClasses * kShortDepth * 64 * kShortColumns;
@@ -99,11 +99,11 @@ __global__ void __launch_bounds__(32 * kClasses, 2)
       }
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        const uint4 keys =
+        const uint4 chunk =
             *reinterpret_cast<const uint4*>(ring + s % kShortDepth * kKeySlice + 512 * t);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          multiply_chunk<Element>(c[m][t], queries[2 * m], queries[2 * m + 1], keys);
+          multiply_chunk<Element>(c[m][t], queries[2 * m], queries[2 * m + 1], chunk);
         }
       }
       load(s + kShortDepth);
