@@ -84,6 +84,33 @@ def test_a_head_does_not_depend_on_the_others(device, rule, seed):
         numerics.assert_bitwise(rule, alone[0, 0], together[batch, head])
 
 
+@pytest.mark.parametrize("heads", [2, 60])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_row_does_not_depend_on_the_length(device, dtype, heads, seed):
+    """Up to 512 KV blocks another kernel selects by a threshold than from there on, and there the
+    number of heads decides. Thresholds are probabilities of blocks, so that the last bit of a
+    row's sum decides about theirs."""
+    blocks, gate_dim = 600, 64 if dtype == torch.float16 else 128
+    heads = heads if device == "cuda" else 2
+    q, k = gates(
+        device, dtype, blocks=(blocks, blocks), heads=(heads, heads), gate_dim=gate_dim, seed=seed
+    )
+    prob = reference.gate_scores(q, k)[0, 0].softmax(-1)
+    count = 24 if device == "cuda" else 3
+    for row in torch.randint(200, 512, (count,), generator=inputs.generator(seed)).tolist():
+        kw = {"method": 0, "value": float(prob[row, row // 2])}
+        bits = torch.ops.seer.gate_select(q, k, **kw)
+        for n in (512, 509, 300, 64, 33):
+            words = -(-n // 32)
+            short = torch.ops.seer.gate_select(q[:, :n], k[:, :n], **kw)
+            numerics.assert_bitwise(f"{n} blocks", short, bits[:, :, :n, :words])
+            # The sequence of n blocks inside tensors of 600.
+            length = inputs.packed([n * 64]).to(device)
+            packed = torch.ops.seer.gate_select(q, k, length, length, **kw)
+            numerics.assert_bitwise(f"{n} blocks, packed", packed[:, :, :n, :words], short)
+            assert not packed[:, :, n:].any() and not packed[..., words:].any()
+
+
 @pytest.mark.parametrize("weights", ["k", "both", "none"])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (64, 48)], ids=["d64", "d128", "torch"])
 def test_q_and_k_in_one_launch(device, weights, dims, seed):

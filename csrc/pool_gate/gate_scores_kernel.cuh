@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(32 * kScoreWarps, 4)
   float* scores =
       p.scores + (int64_t{at.batch} * p.heads_q + at.head) * blocks_q * int64_t{blocks_kv};
   Stream stream(p, key_rows(p, at), smem);
-  stream.visit(queries, columns, columns, [&](int word, const typename Stream::Scores& c) {
+  const auto store = [&](int word, const typename Stream::Scores& c) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + lane / 4 + 8 * half;
@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(32 * kScoreWarps, 4)
         }
       }
     }
-  });
+  };
+  stream.template visit<1>(queries, columns, columns, store, [](int) {});
   // Columns that no row of the tile sees.
   const int seen = (columns + kWordColumns - 1) / kWordColumns * kWordColumns;
   for (int row = at.first_row + thread_id() / 32; row <= last_row; row += kScoreWarps) {

@@ -11,6 +11,7 @@
 #include "pool_gate/element_of.cuh"
 #include "pool_gate/gate_rank.cuh"
 #include "pool_gate/gate_threshold.cuh"
+#include "pool_gate/gate_threshold_short.cuh"
 #include "pool_gate/variant.h"
 
 namespace seer {
@@ -33,11 +34,23 @@ inline int kept_blocks(const GateSelectParams& p) {
 template <class Element, int kDim, int kMTiles, bool kPacked>
 cudaError_t launch_threshold(const GateSelectParams& p, cudaStream_t stream) {
   constexpr auto kKernel = &dev::select_threshold<Element, kDim, kMTiles, kPacked>;
-  constexpr int kSmemBytes =
-      dev::KeyStream<Element, kDim, kMTiles, dev::kThresholdWarps>::kSmemBytes;
+  constexpr int kSmemBytes = dev::threshold_smem_bytes<Element, kDim, kMTiles>();
   const int64_t tiles = ceil_div(p.gate.blocks_q, 16 * kMTiles * dev::kThresholdWarps);
   const auto grid = static_cast<unsigned>(int64_t{p.gate.batch} * p.gate.heads_q * tiles);
   kKernel<<<grid, 32 * dev::kThresholdWarps, kSmemBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <class Element, int kDim, bool kPacked>
+cudaError_t launch_threshold_short(const GateSelectParams& p, cudaStream_t stream) {
+  constexpr auto kKernel = &dev::select_threshold_short<Element, kDim, kPacked>;
+  constexpr int kSmemBytes = dev::short_smem_bytes<kDim>();
+  if (cudaError_t error = allow_shared_memory<kKernel>(kSmemBytes); error != cudaSuccess) {
+    return error;
+  }
+  const int64_t tiles = ceil_div(p.gate.blocks_q, dev::kShortRows);
+  const auto grid = static_cast<unsigned>(int64_t{p.gate.batch} * p.gate.heads_q * tiles);
+  kKernel<<<grid, 32 * dev::kClasses, kSmemBytes, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -73,13 +86,16 @@ int launch_gate_select_variant(const GateSelectParams& p, CUstream_st* stream) {
   using Element = ElementOf<kKey.dtype>;
   switch (p.method) {
     case SelectMethod::kThreshold: {
-      // Twice the rows per CTA halve the traffic of keys; worth it once the GPU is full. A row's
-      // result is the same either way.
-      constexpr int64_t kEnough = 256;
-      // With the sizes of a packed sequence besides, the wide kernel would not fit its registers.
-      if (p.gate.cu_seqlens_q != nullptr) {
-        return launch_threshold<Element, kKey.dim, 1, true>(p, stream);
+      // A row's result is the same whichever kernel it is.
+      const bool packed = p.gate.cu_seqlens_q != nullptr;
+      if (p.gate.blocks_kv <= dev::kShortBlocks) {
+        return packed ? launch_threshold_short<Element, kKey.dim, true>(p, stream)
+                      : launch_threshold_short<Element, kKey.dim, false>(p, stream);
       }
+      // With the sizes of a packed sequence besides, the wide kernel would not fit its registers.
+      if (packed) return launch_threshold<Element, kKey.dim, 1, true>(p, stream);
+      // Twice the rows per CTA halve the traffic of keys; worth it once the GPU is full.
+      constexpr int64_t kEnough = 256;
       const int64_t wide = ceil_div(p.gate.blocks_q, 32 * dev::kThresholdWarps);
       return int64_t{p.gate.batch} * p.gate.heads_q * wide >= kEnough
                  ? launch_threshold<Element, kKey.dim, 2, false>(p, stream)

@@ -32,20 +32,26 @@ __device__ __forceinline__ int packed_blocks(const int32_t* cu_seqlens, int b, i
   return static_cast<int>(min((rows + block - 1) / block, most));
 }
 
-// The longest rows of a causal triangle come first, so that the last CTAs are short ones.
+// Query head `head` of all heads of the batch.
 template <bool kPacked>
-__device__ __forceinline__ GatePlace gate_place(const GateScoresParams& p, int tile_rows) {
-  const uint32_t heads = static_cast<uint32_t>(p.batch) * p.heads_q, cta = blockIdx.x;
-  const uint32_t tiles = static_cast<uint32_t>((p.blocks_q + tile_rows - 1) / tile_rows);
-  const uint32_t head = cta % heads;
-  GatePlace at = {static_cast<int>(head / p.heads_q), static_cast<int>(head % p.heads_q),
-                  static_cast<int>(tiles - 1 - cta / heads) * tile_rows,
+__device__ __forceinline__ GatePlace place_of_head(const GateScoresParams& p, uint32_t head,
+                                                   int first_row) {
+  GatePlace at = {static_cast<int>(head / p.heads_q), static_cast<int>(head % p.heads_q), first_row,
                   static_cast<int>(p.blocks_q), static_cast<int>(p.blocks_kv)};
   if constexpr (kPacked) {
     at.blocks_q = packed_blocks(p.cu_seqlens_q, at.batch, p.block_q, p.blocks_q);
     at.blocks_kv = packed_blocks(p.cu_seqlens_kv, at.batch, p.block_kv, p.blocks_kv);
   }
   return at;
+}
+
+// The longest rows of a causal triangle come first, so that the last CTAs are short ones.
+template <bool kPacked>
+__device__ __forceinline__ GatePlace gate_place(const GateScoresParams& p, int tile_rows) {
+  const uint32_t heads = static_cast<uint32_t>(p.batch) * p.heads_q, cta = blockIdx.x;
+  const uint32_t tiles = static_cast<uint32_t>((p.blocks_q + tile_rows - 1) / tile_rows);
+  const int first_row = static_cast<int>(tiles - 1 - cta / heads) * tile_rows;
+  return place_of_head<kPacked>(p, cta % heads, first_row);
 }
 
 // Blocks [0, visible) of a row of the sequence can be seen.
@@ -67,6 +73,14 @@ __device__ __forceinline__ const char* gate_rows(const ConstView& view, int batc
 }
 __device__ __forceinline__ const char* key_rows(const GateScoresParams& p, const GatePlace& at) {
   return gate_rows(p.k_gate, at.batch, at.head / (p.heads_q / p.heads_k));
+}
+
+// c += the products of 32 channels: queries lane / 4 and lane / 4 + 8, keys of one n-tile.
+template <class Element>
+__device__ __forceinline__ void multiply_chunk(float (&c)[4], const uint4& upper,
+                                               const uint4& lower, const uint4& keys) {
+  mma_16x8x16<Element>(c, {upper.x, lower.x, upper.y, lower.y}, keys.x, keys.y);
+  mma_16x8x16<Element>(c, {upper.z, lower.z, upper.w, lower.w}, keys.z, keys.w);
 }
 
 // Query rows of a warp: kMTiles times 16, from global memory. Rows past the end repeat the last.
@@ -94,9 +108,7 @@ struct QueryRows {
 
   // c += the products with one n-tile's keys, slice s.
   __device__ __forceinline__ void multiply(float (&c)[4], int m, int s, const uint4& keys) const {
-    const uint4 &upper = chunk[m][0][s], &lower = chunk[m][1][s];
-    mma_16x8x16<Element>(c, {upper.x, lower.x, upper.y, lower.y}, keys.x, keys.y);
-    mma_16x8x16<Element>(c, {upper.z, lower.z, upper.w, lower.w}, keys.z, keys.w);
+    multiply_chunk<Element>(c, chunk[m][0][s], chunk[m][1][s], keys);
   }
 };
 
@@ -117,20 +129,27 @@ class KeyStream {
         blocks_kv_(static_cast<int>(p.blocks_kv)),
         smem_(smem) {}
 
-  // Words [0, ceil(most / 32)), in order. `columns`: as far as a warp of the CTA goes; `most`: as far
-  // as this one does.
-  template <class Visit>
+  // Words [0, ceil(most / 32)): tiles 0, kStride, 2 kStride .., then 1, 1 + kStride .., and so on,
+  // and after each of these classes a call of `class_done` with its number. `columns`: as far as a
+  // warp of the CTA goes; `most`: as far as this one does.
+  template <int kStride, class Visit, class ClassDone>
   __device__ __forceinline__ void visit(const QueryRows<Element, kDim, kMTiles>& queries,
-                                        int columns, int most, Visit&& visitor) {
+                                        int columns, int most, Visit&& visitor,
+                                        ClassDone&& class_done) {
     const int tiles = (columns + kKeys - 1) / kKeys;
     if (tiles == 0) return;
-    load(0);
-    for (int tile = 0; tile < tiles; ++tile) {
+    load(0, 0);
+    for (int tile = 0, turn = 0, then; tile < tiles; tile = then, turn ^= 1) {
+      then = tile + kStride;
+      if (kStride > 1 && then >= tiles) {
+        then = tile % kStride + 1;
+        if (then == kStride) then = tiles;
+      }
       cp_async_wait_all();
       __syncthreads();
-      if (tile + 1 < tiles) load(tile + 1);
+      if (then < tiles) load(then, turn ^ 1);
       const int lane = lane_id();
-      const char* from = buffer(tile) + lane / 4 * kRowBytes + lane % 4 * 16;
+      const char* from = buffer(turn) + lane / 4 * kRowBytes + lane % 4 * 16;
 #pragma unroll 1
       for (int word = 2 * tile; word < 2 * tile + 2; ++word, from += 32 * kRowBytes) {
         if (word * kWordColumns >= most) break;
@@ -146,18 +165,19 @@ class KeyStream {
         }
         visitor(word, c);
       }
+      if (kStride > 1 && tile + kStride >= tiles) class_done(tile % kStride);
     }
     __syncthreads();  // the buffers are free again
   }
 
  private:
-  __device__ __forceinline__ char* buffer(int tile) const {
-    return smem_ + tile % 2 * kKeys * kRowBytes;
+  __device__ __forceinline__ char* buffer(int turn) const {
+    return smem_ + turn * kKeys * kRowBytes;
   }
-  __device__ __forceinline__ void load(int tile) const {
+  __device__ __forceinline__ void load(int tile, int turn) const {
     constexpr int kChunks = kDim / 8, kStep = 32 * kWarps / kChunks;
     const int thread = thread_id(), chunk = thread % kChunks, row = thread / kChunks;
-    const uint32_t to = smem_address(buffer(tile)) + row * kRowBytes + chunk * 16;
+    const uint32_t to = smem_address(buffer(turn)) + row * kRowBytes + chunk * 16;
     const int key = tile * kKeys + row;
     const char* from = keys_ + key * row_bytes_ + chunk * 16;
 #pragma unroll
