@@ -46,10 +46,15 @@ def jobs(settings: Settings, prefill: bool = True) -> list[Job]:
     if prefill:
         # Needs nothing: on another GPU while the model trains, or while the corpus is read.
         found.append(Job("prefill", ("prefill",), gpu="last"))
-    seeds = list(map(str, settings.seeds))
-    found += [Job(f"distil_{seed}", ("distil", "--seed", seed), ("train",)) for seed in seeds]
+    # What matters most first, should the time end: a seed, all baselines, the other gates.
+    first = str(settings.seeds[0])
+    gates = {str(seed): ("--seed", str(seed)) for seed in settings.seeds}
+    gates |= {name: ("--seed", first, "--gate", name) for name in settings.variants}
     for group in groups(settings):
-        needs = f"distil_{group if group in seeds else seeds[0]}"
+        needs = "train"
+        if group in gates:
+            needs = f"distil_{group}"
+            found.append(Job(needs, ("distil", *gates[group]), ("train",)))
         found.append(Job(f"eval_{group}", ("eval", "--group", group), (needs,)))
     return found
 
