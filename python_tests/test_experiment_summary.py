@@ -111,4 +111,4 @@ def test_the_result_needs_no_more_than_the_first_seed(folder, monkeypatch):
     gate = [row for row in found["eval"]["rows"] if row["method"].startswith(GATE)]
     assert {row["method"] for row in gate} == {GATE} and len(gate[0]["seeds"]) == 1
     assert (found["prefill"], found["prefill_date"]) == (last["prefill"], "2026-01-01")
-    assert evaluate.groups(SETTINGS) == ["0", "baselines", VARIANT, "1"]
+    assert evaluate.groups(SETTINGS) == ["0", "baselines", "1", VARIANT]

@@ -29,7 +29,7 @@ EXAMPLE_DENSITY, EXAMPLE_HEADS = 0.1, 4
 def groups(settings: Settings) -> list[str]:
     """Names of all groups, the most important first."""
     first, *more = map(str, settings.seeds)
-    return [first, BASELINES, *settings.variants, *more]
+    return [first, BASELINES, *more, *settings.variants]
 
 
 def gates_folder(folder: Path, seed: int | str) -> Path:
