@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 from bench.experiment import __main__ as command
-from bench.experiment import corpus, driver, evaluate, page, prefill, summary, train
+from bench.experiment import corpus, driver, evaluate, page, prefill, results, summary, train
 from bench.experiment.settings import FULL, TINY
 from seer_cuda.integrations.transformers import _study
 
@@ -330,10 +330,14 @@ def _options():
 
 
 @pytest.mark.slow
-def test_the_whole_experiment(site, tmp_path):
+def test_the_whole_experiment(site, tmp_path, monkeypatch):
     """Every stage on small sizes, twice: the second time does nothing but collect."""
     words = ["all", "--size", "tiny", "--folder", str(tmp_path), "--packages", str(site)]
+    collected, collect = [], results.collect
+    monkeypatch.setattr(results, "collect", lambda *args: collected.append(args) or collect(*args))
     assert command.main(words) == 0
+    # After each of corpus, train, three distillations, four evaluations, and at the end.
+    assert len(collected) == 10
     found = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
     assert set(found["distil"]) == {"0", "1"} and found["train"]["steps"] > 0
     assert set(found["variants"]) == set(TINY.variants)
