@@ -347,3 +347,22 @@ def test_extra_memory():
     results = torch.ops.seer.attn_pool(q, q, q)
     held = sum(x.numel() * x.element_size() for x in results)
     assert torch.cuda.max_memory_allocated() - before - held < 60e6
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_probabilities_just_above_the_smallest_normal_number(device, dtype, first, seed):
+    """A key 2^125.6 below the row's best is no zero, wherever the best lifted the reference to."""
+    q, k, v = small(device, rows=(128, 3 * 64 + 1), batch=1, dtype=dtype, seed=seed)
+    q, k = torch.zeros_like(q), torch.zeros_like(k)
+    q[..., 0] = 1.0
+    # Scores in log2 units: one key far up, a block far down, 0 elsewhere.
+    high, low = (37.5625, -88.0625) if dtype == torch.float16 else (37.5, -88.0)
+    k[:, 70, :, 0] = high
+    k[:, :64, :, 0] = low if first else 0.0
+    k[:, 192, :, 0] = 0.0 if first else low
+    _, _, pooled = run_and_check_pool(q, k, v, causal=False, scale=math.log(2.0))
+    least = 2.0 ** (low - high)
+    torch.testing.assert_close(
+        pooled.amin(-1), torch.full_like(pooled.amin(-1), least), rtol=1e-4, atol=0
+    )

@@ -271,6 +271,14 @@ def test_wrong_contents_reach_nothing_outside(edges, weighted, seed):
     assert bits.shape == (2, gate.shape[2], 2, 1)
 
 
+def test_refuses_what_no_memory_holds(device):
+    """A product of sizes beyond 2^63 is an error and no size."""
+    x = torch.zeros(0, 8, 64, device=device)
+    cu = torch.zeros(2**20, dtype=torch.int32, device=device)
+    with pytest.raises(RuntimeError, match=r"seer::pool_gate: max_rows: expected .+, got .+"):
+        ops.pool_gate(x, None, None, None, cu, block=1, max_rows=2**31 - 1)
+
+
 @pytest.mark.parametrize("pools", [1, 4, 7])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_gradients_of_pool_gate(device, pools, weighted, seed):

@@ -11,7 +11,8 @@ from seer_cuda import cli
 
 pytest.importorskip("transformers")
 
-from seer_cuda.integrations.transformers import _log, _train
+from seer_cuda.integrations.transformers import _log, _ranks, _train
+from seer_cuda.integrations.transformers._corpus import RunError
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +171,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(folders, tmp_path, monkeypatch,
     assert distill(folders, tmp_path / "a") == cli.USAGE
     assert "expected a finite loss, got nan in step 1" in capsys.readouterr().err
     assert not (tmp_path / "a" / "checkpoint.pt").exists()
+
+
+def test_processes_without_torchrun_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RunError, match=r"LOCAL_RANK: expected .+, got .+"), _ranks.joined("cuda"):
+        pass

@@ -103,6 +103,15 @@ def test_embed_and_select(seed):
     )
 
 
+def test_positions_of_no_tokens():
+    """Sequences without a token have no first one to look up."""
+    q, k = torch.zeros(0, 4, 64), torch.zeros(0, 2, 64)
+    cu = torch.zeros(3, dtype=torch.int32)
+    made = make_gate().embed(q, k, torch.zeros(0, dtype=torch.int64), **both(cu, 130))
+    assert [x.shape[:2] for x in made] == [(2, 3), (2, 3)]
+    assert not any(x.any() for x in made)
+
+
 def test_trains(seed):
     """The gradient of the gate's weights is the sum over the sequences."""
     gate = make_gate(seed=seed)

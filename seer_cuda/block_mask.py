@@ -38,13 +38,17 @@ class BlockMask:
         rows_kv: KV tokens (packed sequences: the longest).
         causal: Whether query r sees keys c <= r + rows_kv - rows_q only. Kept blocks are cut
             token-exactly by this rule; blocks that it hides altogether should not be kept.
+        cu_seqlens_q, cu_seqlens_kv: int32 ``[sequences + 1]`` each, where the batch is packed: what
+            `density`, `validate` and `plot` count each sequence's own blocks with. Attention takes
+            its lengths from its own arguments.
 
     All conversions run on the mask's device without a host synchronisation; `validate`, ``==``
     and ``repr`` read values and therefore wait for the device.
 
     Raises:
         TypeError: block_bits is not an int32 tensor.
-        ValueError: block_bits has not 4 dimensions, or a block size is not positive.
+        ValueError: block_bits has not 4 dimensions, a block size is not positive, or only one of
+            cu_seqlens_q and cu_seqlens_kv is given.
     """
 
     block_bits: Tensor
@@ -53,6 +57,8 @@ class BlockMask:
     rows_q: int
     rows_kv: int
     causal: bool = True
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_kv: Tensor | None = None
 
     def __post_init__(self) -> None:
         # torch's pytrees rebuild the class around placeholders for tensors and ints.
@@ -71,6 +77,13 @@ class BlockMask:
             size = getattr(self, name)
             if isinstance(size, int) and size < 1:
                 raise ValueError(_text(name, "a positive number of rows", size, "Use 64 or 128."))
+        if (self.cu_seqlens_q is None) != (self.cu_seqlens_kv is None):
+            missing = "cu_seqlens_q" if self.cu_seqlens_q is None else "cu_seqlens_kv"
+            raise ValueError(
+                _text(
+                    missing, "both cu_seqlens or neither", None, "Pass both for packed sequences."
+                )
+            )
 
     # ------------------------------------------------------------------------------ shape
 
@@ -105,13 +118,31 @@ class BlockMask:
         return self.block_bits.device
 
     def causal_visible(self) -> Tensor:
-        """bool ``[blocks_q, blocks_kv]``: the block holds a (query, key) pair that is visible."""
-        i = torch.arange(self.blocks_q, device=self.device)[:, None]
-        j = torch.arange(self.blocks_kv, device=self.device)[None, :]
+        """bool ``[blocks_q, blocks_kv]``: the block holds a (query, key) pair that is visible.
+
+        With cu_seqlens ``[sequences, 1, blocks_q, blocks_kv]``: of each sequence.
+        """
+        rows_q, rows_kv = self._lengths()
+        i = torch.arange(self.blocks_q, device=self.device)[:, None] * self.block_q
+        j = torch.arange(self.blocks_kv, device=self.device) * self.block_kv
+        visible = (i < rows_q) & (j < rows_kv)
         if not self.causal:
-            return (i >= 0) & (j >= 0)
-        last_row = ((i + 1) * self.block_q).clamp_max(self.rows_q) - 1
-        return j * self.block_kv <= last_row + (self.rows_kv - self.rows_q)
+            return visible
+        last_row = (i + self.block_q).clamp_max(rows_q) - 1
+        return visible & (j <= last_row + (rows_kv - rows_q))
+
+    def _lengths(self) -> tuple[int, int] | tuple[Tensor, Tensor]:
+        """Rows of q and of KV, to be compared with ``[blocks_q, blocks_kv]``."""
+        if self.cu_seqlens_q is None or self.cu_seqlens_kv is None:
+            return self.rows_q, self.rows_kv
+        rows_q, rows_kv = (
+            (cu[1:] - cu[:-1]).clamp(0, longest)[:, None, None, None]
+            for cu, longest in (
+                (self.cu_seqlens_q, self.rows_q),
+                (self.cu_seqlens_kv, self.rows_kv),
+            )
+        )
+        return rows_q, rows_kv
 
     # ----------------------------------------------------------------------- conversions
 
@@ -219,7 +250,16 @@ class BlockMask:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> BlockMask:
         """The same mask on another device."""
-        return replace(self, block_bits=self.block_bits.to(device, non_blocking=non_blocking))
+
+        def moved(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            block_bits=self.block_bits.to(device, non_blocking=non_blocking),
+            cu_seqlens_q=moved(self.cu_seqlens_q),
+            cu_seqlens_kv=moved(self.cu_seqlens_kv),
+        )
 
     def select_heads(self, heads: int | slice | Sequence[int] | Tensor) -> BlockMask:
         """The mask of some heads, still with 4 dimensions.
@@ -234,10 +274,13 @@ class BlockMask:
     # --------------------------------------------------------------------------- looking
 
     def density(self) -> Tensor:
-        """float64 ``[batch, heads]``: kept blocks / visible blocks; 0 where nothing is visible."""
+        """float64 ``[batch, heads]``: kept blocks / visible blocks; 0 where nothing is visible.
+
+        With cu_seqlens the batch is that of the sequences.
+        """
         visible = self.causal_visible()
         kept = (self.to_dense() & visible).sum((-2, -1))
-        return kept.to(torch.float64) / visible.sum().clamp_min(1)
+        return kept.to(torch.float64) / visible.sum((-2, -1)).clamp_min(1)
 
     def validate(self, heads_q: int | None = None, heads_kv: int | None = None) -> BlockMask:
         """Reads the mask and checks its contents. Waits for the device.
@@ -263,7 +306,9 @@ class BlockMask:
             dense, past = every[..., : self.blocks_kv], every[..., self.blocks_kv :]
             visible = self.causal_visible()
             empty = visible.any(-1) & ~(dense & visible).any(-1)
-            counts = [past.sum(), (dense & ~visible).sum(), empty.sum()]
+            # What lies past a packed sequence is ignored, as in attention.
+            exists = replace(self, causal=False).causal_visible()
+            counts = [past.sum(), (dense & exists & ~visible).sum(), empty.sum()]
             past_bits, hidden, empty_rows = torch.stack(counts).tolist()
             if past_bits:
                 mistakes.append(f"{past_bits} bits are set at or past blocks_kv={self.blocks_kv}")
@@ -311,11 +356,14 @@ class BlockMask:
         """Same lengths, block sizes, causal rule and kept blocks. Waits for the device."""
         if not isinstance(other, BlockMask):
             return NotImplemented
-        same = all(
-            getattr(self, name) == getattr(other, name)
-            for name in ("block_q", "block_kv", "rows_q", "rows_kv", "causal", "shape", "device")
+        names = ("block_q", "block_kv", "rows_q", "rows_kv", "causal", "shape", "device")
+        same = all(getattr(self, name) == getattr(other, name) for name in names)
+        return (
+            same
+            and _equal(self.cu_seqlens_q, other.cu_seqlens_q)
+            and _equal(self.cu_seqlens_kv, other.cu_seqlens_kv)
+            and torch.equal(self.to_dense(), other.to_dense())
         )
-        return same and torch.equal(self.to_dense(), other.to_dense())
 
     __hash__ = None  # type: ignore[assignment]  # equality reads mutable device memory
 
@@ -345,6 +393,10 @@ def dense_to_indices(dense: Tensor) -> tuple[Tensor, Tensor]:
     column = torch.arange(n, dtype=torch.int32, device=dense.device).expand(dense.shape)
     lists = column.new_zeros((*dense.shape[:-1], n + 1)).scatter_(-1, rank, column)
     return lists[..., :n].contiguous(), counts
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 _PACK_FIRST = "Build the mask with BlockMask.from_dense or BlockMask.from_indices."

@@ -34,8 +34,14 @@ def to_flex(mask: BlockMask, heads_q: int | None = None) -> FlexBlockMask:
         mask_mod only.
 
     Raises:
-        ValueError: heads_q is not a multiple of the mask's heads.
+        ValueError: heads_q is not a multiple of the mask's heads, or the mask is of packed
+            sequences.
     """
+    if mask.cu_seqlens_q is not None:
+        raise ValueError(
+            "seer::to_flex: mask: expected a mask of a batch, got one of packed sequences. "
+            "FlexAttention has one length for all; pad the sequences."
+        )
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
     bits, visible = mask.block_bits, mask.causal_visible()

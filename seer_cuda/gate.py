@@ -198,7 +198,7 @@ class AttnGate(nn.Module):
         block = self.config.block
         if self.config.rotary == 0:
             return (None, None), (None, None)
-        if positions is not None:
+        if positions is not None and positions.numel():  # no tokens have no first one
             at_q, at_k = (positions[at] for at in packed.first_tokens(block, len(positions)))
             return self._rope_at(at_q), self._rope_at(at_k)
         most = max(packed.blocks(block))

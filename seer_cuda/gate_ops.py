@@ -209,4 +209,4 @@ def gate_select(
         block_q=block_q,
         block_kv=block_kv,
     )
-    return BlockMask(bits, block_q, block_kv, rows_q, rows_kv, causal)
+    return BlockMask(bits, block_q, block_kv, rows_q, rows_kv, causal, cu_seqlens_q, cu_seqlens_kv)

@@ -40,7 +40,7 @@ def plot_block_mask(
         mask: The mask. It is copied to the host.
         pooled: ``[batch|1, heads, blocks_q, blocks_kv]`` attention map (`seer_cuda.attn_pool`);
             drawn beside each head's mask on a logarithmic scale.
-        batch: Which batch entry.
+        batch: Which batch entry, or which packed sequence.
         max_heads: Panels at most; the first heads are drawn.
         title: Of the whole figure; default: shape and density.
 
@@ -59,7 +59,10 @@ def plot_block_mask(
         )
     entry = min(batch, mask.batch - 1)
     dense, visible = mask.to_dense()[entry].cpu(), mask.causal_visible().cpu()
-    density = mask.density()[entry].cpu()
+    density = mask.density().cpu()
+    if visible.dim() == 4:  # packed sequences
+        visible = visible[batch, 0]
+    density = density[min(batch, len(density) - 1)]
     # One row of the mask may serve several heads of the map, or the other way round.
     every = mask.heads if pooled is None else max(mask.heads, pooled.shape[1])
     heads = min(every, max_heads)
@@ -128,7 +131,7 @@ def plot_attention_map(
 
     Args:
         found: From `seer_cuda.attention_map`. It is copied to the host.
-        batch: Which batch entry.
+        batch: Which batch entry, or which packed sequence.
         max_heads: Panels at most; the first heads are drawn.
         title: Of the whole figure; default: block counts and sizes.
 

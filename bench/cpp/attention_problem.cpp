@@ -181,15 +181,17 @@ double AttentionProblem::worst_lse(const std::vector<QueryBlock>& blocks,
 }
 
 // `exact`: one row of KV blocks per query row. Probabilities are compared relative to each. What is 0
-// must be 0, but for what is below the normal numbers of fp32. Sums over the rows of a query block
-// are made of multiples of 2^-23, one for each 16 rows (docs/attn_pool.md): half of that is no error.
+// must be 0, but for what is below the normal numbers of fp32 (in a sum: of every key). Sums over the
+// rows of a query block are made of multiples of 2^-23, one for each 16 rows (docs/attn_pool.md):
+// half of that is no error.
 double AttentionProblem::worst_map(const std::vector<QueryBlock>& blocks,
                                    const std::vector<float>& exact) const {
   const std::vector<float> map = map_.to_host<float>();
   const int64_t columns = c_.blocks_kv();
   const bool sum = c_.reduce == PoolReduce::kSum;
-  const double rounding = sum && !c_.per_token ? 0x1p-24 * double(ceil_div(c_.block.q, 16))
-                                               : double{std::numeric_limits<float>::min()};
+  const double flushed = double{std::numeric_limits<float>::min()} * (sum ? c_.block.kv : 1);
+  const double rounding =
+      sum && !c_.per_token ? 0x1p-24 * double(ceil_div(c_.block.q, 16)) : flushed;
   double worst = 0.0;
   const auto compare = [&](double got, double expected) {
     const double error = std::abs(got - expected) - rounding;

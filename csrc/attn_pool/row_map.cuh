@@ -5,7 +5,7 @@
 // of the tile's largest weight (its largest score) or of its sum of weights. Then it turns into a
 // probability: exp2(number - reference - log2(sum)). As a logarithm it stays right whatever happens to
 // the row's reference meanwhile. Its rounding, 2^-24 of itself, is 3e-4 of a probability at scores
-// of 10^4.
+// of 10^4; that of log2_fast is 2e-5 at the smallest weights.
 //
 // The numbers lie in strips, one per 16 rows that a warp works on: 64 bytes per KV tile. A strip is
 // written and read by its own warp alone and used again for the warp's next rows, so all of them
@@ -43,7 +43,7 @@ struct RowMapParams {
 
 namespace dev {
 
-// log2(x) to 2^-22, subnormal x taken as 0.
+// log2(x) to 2^-22, of itself outside (1/2, 2); subnormal x taken as 0.
 __device__ __forceinline__ float log2_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -105,26 +105,23 @@ class RowStrip {
   }
 
   // Writes the group's part of the map. sum[half]: of the lane's rows, all of it.
+  template <bool kSum>
   __device__ __forceinline__ void finish(const RowGroup& group, const float (&reference)[2],
                                          const float (&sum)[2]) const {
     __syncwarp();  // orders the lanes' stores to the strip before the loads
-    const Known known = {{reference[0], reference[1]}, {log_of(sum[0]), log_of(sum[1])}};
     const int rows = group.rows_q - group.row;
+    const Known known = known_of(rows, reference, sum);
     if (p.per_token) {
       const int64_t head = p.packed ? group.head : group.batch * p.heads_q + group.head;
       float* const map = p.map + (head * p.map_rows + group.start + group.row) * p.map_cols;
-      write_rows(map, rows, group.tiles, known);
+      write_rows<kSum>(map, rows, group.tiles, known);
     } else {
       const int64_t head = group.batch * p.heads_q + group.head;
       const int block = group.row / p.block_q;
       float* const map = p.map + (head * p.map_rows + block) * p.map_cols;
       const int in_block = min(group.rows_q - block * p.block_q, p.block_q);
       const float share = __fdividef(1.0f, static_cast<float>(in_block));
-      if (p.sum) {
-        write_blocks<true>(map, rows, group.tiles, share, known);
-      } else {
-        write_blocks<false>(map, rows, group.tiles, share, known);
-      }
+      write_blocks<kSum>(map, group.tiles, share, known);
     }
   }
 
@@ -137,81 +134,138 @@ class RowStrip {
     return p.strips + uint64_t{first_line + unsigned(tile)} * kRows;
   }
 
-  // Of the lane's two rows.
-  struct Known {
-    float reference[2], log_sum[2];
-  };
   // Finite for a row that sees nothing: its numbers are -inf.
   static __device__ __forceinline__ float log_of(float sum) {
     return sum == 0.0f ? 0.0f : log2f(sum);
   }
 
-  static constexpr int kBatch = 32;  // KV tiles, one per lane: no lane needs another's numbers
-  static constexpr int kAhead = 4;   // batches
+  // At the end a lane reads a quarter of every eighth line: four rows' numbers.
+  static constexpr int kRead = 4;
+  static constexpr int kLines = 8;
+  static constexpr int kBatch = kLines * 32 / kRead;  // KV tiles
+  // Number j of quarter `quarter` of a line is that of this row of the group.
+  static __device__ __forceinline__ int row_of(int quarter, int j) {
+    return 2 * quarter + j / 2 + j % 2 * 8;
+  }
+  // What is known of those rows. The logarithm of the sum is infinite if there is no such row.
+  struct Known {
+    float reference[kRead], log_sum[kRead];
+    bool exists[kRead];
+  };
+  static __device__ __forceinline__ Known known_of(int rows, const float (&reference)[2],
+                                                   const float (&sum)[2]) {
+    const float log_sum[2] = {log_of(sum[0]), log_of(sum[1])};
+    const int quarter = lane_id() % 4;
+    Known known;
+#pragma unroll
+    for (int j = 0; j < kRead; ++j) {
+      const int from = row_of(quarter, j) % 8 * 4;  // a lane of the row's quad
+      known.exists[j] = row_of(quarter, j) < rows;
+      known.reference[j] = __shfl_sync(kFullWarp, reference[j % 2], from);
+      const float log = __shfl_sync(kFullWarp, log_sum[j % 2], from);
+      known.log_sum[j] = known.exists[j] ? log : INFINITY;
+    }
+    return known;
+  }
 
-  // Calls use(batch, row, x) for kAhead batches of KV tiles from `first` on and each of the 16 rows,
-  // x being the logarithm of the lane's probability: -inf beyond `tiles` and in rows that do not
-  // exist. All loads are on their way together: the three consumers of a Hopper CTA end together,
-  // so that nothing else hides the time that a load takes.
+  // A lane's numbers of a batch of KV tiles from `first` on: of KV tile first + 8 * i + lane / 4.
+  struct Numbers {
+    float4 of[kLines];
+  };
+  __device__ __forceinline__ void read(int first, int tiles, Numbers& numbers) const {
+    const int tile = first + lane_id() / 4;
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) {
+      // Beyond `tiles` the last one, and without a condition, which would have the registers keep
+      // what they held before.
+      const float* const at = line(min(tile + 8 * i, tiles - 1)) + lane_id() % 4 * kRead;
+      numbers.of[i] = __ldcg(reinterpret_cast<const float4*>(at));
+    }
+  }
+  // Calls use(first, numbers) for all batches. While one is used the next is on its way: the three
+  // consumers of a Hopper CTA end together, so that nothing else hides the time that loads take.
   template <class Use>
-  __device__ __forceinline__ void for_rows(int first, int rows, int tiles, const Known& known,
-                                           const Use& use) const {
-    const int tile = first + lane_id();
-    float4 numbers[kAhead][4];
-#pragma unroll
-    for (int batch = 0; batch < kAhead; ++batch) {
-      // Beyond `tiles` the last one is read: without a condition, which would have the registers
-      // keep what they held before, and nothing that was never written.
-      const auto* const at =
-          reinterpret_cast<const float4*>(line(min(tile + batch * kBatch, tiles - 1)));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) numbers[batch][i] = __ldcg(at + i);
-    }
-#pragma unroll
-    for (int at = 0; at < kRows; ++at) {
-      const int row = at / 2 + at % 2 * 8;
-      const float reference = __shfl_sync(kFullWarp, known.reference[at % 2], at / 2 * 4);
-      const float log_sum = __shfl_sync(kFullWarp, known.log_sum[at % 2], at / 2 * 4);
-#pragma unroll
-      for (int batch = 0; batch < kAhead; ++batch) {
-        const float4& four = numbers[batch][at / 4];
-        const float number = at % 4 == 0   ? four.x
-                             : at % 4 == 1 ? four.y
-                             : at % 4 == 2 ? four.z
-                                           : four.w;
-        const bool exists = row < rows && tile + batch * kBatch < tiles;
-        use(batch, row, exists ? number - reference - log_sum : -INFINITY);
-      }
-    }
-  }
-
-  template <bool kSum>
-  __device__ __forceinline__ void write_blocks(float* map, int rows, int tiles, float share,
-                                               const Known& known) const {
+  __device__ __forceinline__ void for_batches(int tiles, const Use& use) const {
+    if (tiles == 0) return;
+    Numbers even, odd;
+    read(0, tiles, even);
+    read(kBatch, tiles, odd);
 #pragma unroll 1
-    for (int first = 0; first < tiles; first += kAhead * kBatch) {
-      float pooled[kAhead];
+    for (int first = 0; first < tiles; first += 2 * kBatch) {
+      use(first, even);
+      read(first + 2 * kBatch, tiles, even);
+      use(first + kBatch, odd);
+      read(first + 3 * kBatch, tiles, odd);
+    }
+  }
+  // The logarithm of the probability of number j of line i; of rows that do not exist, -inf or NaN.
+  static __device__ __forceinline__ float log_at(const Numbers& numbers, int i, int j,
+                                                 const Known& known) {
+    const float4& four = numbers.of[i];
+    const float of[kRead] = {four.x, four.y, four.z, four.w};
+    return of[j] - known.reference[j] - known.log_sum[j];
+  }
+
+  template <bool kSum>
+  static __device__ __forceinline__ float join(float a, float b) {
+    return kSum ? a + b : max_or_nan(a, b);
+  }
+
+  template <bool kSum>
+  __device__ __forceinline__ void write_blocks(float* map, int tiles, float share,
+                                               const Known& known) const {
+    const int lane = lane_id();
+    // A row with a NaN has it in its sum, so that maxima need not look for it in the numbers.
+    float poison = 0.0f;
 #pragma unroll
-      for (float& x : pooled) x = kSum ? 0.0f : -INFINITY;
-      for_rows(first, rows, tiles, known, [&](int batch, int, float log) {
-        float& x = pooled[batch];
-        x = kSum ? x + exp2_fast(log) : max_or_nan(x, log);
-      });
+    for (int j = 0; j < kRead; ++j) {
+      if (known.exists[j]) poison += known.log_sum[j] * 0.0f;
+    }
+    for_batches(tiles, [&](int first, const Numbers& numbers) {
+      float pooled[kLines];
 #pragma unroll
-      for (int batch = 0; batch < kAhead; ++batch) {
-        const int tile = first + batch * kBatch + lane_id();
-        add<kSum>(map, tile, tile < tiles, pooled[batch], share);
+      for (int i = 0; i < kLines; ++i) {
+        pooled[i] = kSum ? 0.0f : -INFINITY;
+#pragma unroll
+        for (int j = 0; j < kRead; ++j) {
+          const float log = log_at(numbers, i, j, known);
+          if constexpr (kSum) {
+            pooled[i] += known.exists[j] ? exp2_fast(log) : 0.0f;
+          } else {
+            pooled[i] = fmaxf(pooled[i], log);
+          }
+        }
+        if constexpr (!kSum) pooled[i] += poison;
       }
+      // The quad's quarters meet; of lines 4 * i to 4 * i + 3, lane l of it goes on with line l.
+      meet_halves<kSum, kLines / 2>(pooled, 1);
+      meet_halves<kSum, kLines / 4>(pooled, 2);
+#pragma unroll
+      for (int i = 0; i < kLines / 4; ++i) {
+        add<kSum>(map, first + 32 * i + lane % 4 * 8 + lane / 4, tiles, pooled[i], share);
+      }
+    });
+  }
+  // Of numbers 2 * i and 2 * i + 1, the lane goes on with the first, or with the second if bit
+  // `bit` of its number is set.
+  template <bool kSum, int kCount>
+  static __device__ __forceinline__ void meet_halves(float (&x)[kLines], int bit) {
+    const bool second = lane_id() & bit;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float given = __shfl_xor_sync(kFullWarp, second ? x[2 * i] : x[2 * i + 1], bit);
+      x[i] = join<kSum>(second ? x[2 * i + 1] : x[2 * i], given);
     }
   }
 
-  // Adds to their block what 16 rows give in the lane's KV tile.
+  // Adds to their block what 16 rows give in the lane's KV tile. A tile's neighbour is four lanes
+  // away.
   template <bool kSum>
-  __device__ __forceinline__ void add(float* map, int tile, bool exists, float x,
-                                      float share) const {
+  __device__ __forceinline__ void add(float* map, int tile, int tiles, float x, float share) const {
+    bool exists = tile < tiles;
     if (p.wide_kv) {
-      const float other = __shfl_xor_sync(kFullWarp, x, 1);
-      x = kSum ? x + other : max_or_nan(x, other);
+      if (!exists) x = kSum ? 0.0f : -INFINITY;
+      x = join<kSum>(x, __shfl_xor_sync(kFullWarp, x, 4));
       exists &= tile % 2 == 0;
     }
     float* const at = map + (p.wide_kv ? tile / 2 : tile);
@@ -227,31 +281,33 @@ class RowStrip {
   }
 
   // Every row by itself.
+  template <bool kSum>
   __device__ __forceinline__ void write_rows(float* map, int rows, int tiles,
                                              const Known& known) const {
     const int in_block = p.wide_kv ? 2 : 1;
     const int cols = (tiles + in_block - 1) / in_block;
-#pragma unroll 1
-    for (int first = 0; first < tiles; first += kAhead * kBatch) {
-      const int tile = first + lane_id();
-      float* const at = map + tile / in_block;
-      for_rows(first, rows, tiles, known, [&](int batch, int row, float log) {
-        float x = exp2_fast(log);
-        if (p.wide_kv) {
-          const float other = __shfl_xor_sync(kFullWarp, x, 1);
-          x = p.sum ? x + other : max_or_nan(x, other);
+    const int lane = lane_id();
+    for_batches(tiles, [&](int first, const Numbers& numbers) {
+      const int tile = first + lane / 4;
+      float* const at = map + lane % 4 * 2 * p.map_cols + tile / in_block;
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) {
+        const bool exists = tile + 8 * i < tiles;
+#pragma unroll
+        for (int j = 0; j < kRead; ++j) {
+          float x = exp2_fast(log_at(numbers, i, j, known));
+          if (p.wide_kv) x = join<kSum>(x, __shfl_xor_sync(kFullWarp, exists ? x : 0.0f, 4));
+          if (exists && known.exists[j] && tile % in_block == 0) {
+            __stcs(at + row_of(0, j) * p.map_cols + 8 * i / in_block, x);
+          }
         }
-        const bool exists = row < rows && tile + batch * kBatch < tiles;
-        if (exists && tile % in_block == 0) {
-          __stcs(at + row * p.map_cols + batch * kBatch / in_block, x);
-        }
-      });
-    }
+      }
+    });
     if (p.zeroed) return;
 #pragma unroll 1
     for (int row = 0; row < min(rows, kRows); ++row) {
 #pragma unroll 4
-      for (int64_t col = cols + lane_id(); col < p.map_cols; col += 32) {
+      for (int64_t col = cols + lane; col < p.map_cols; col += 32) {
         __stcs(map + row * p.map_cols + col, 0.0f);
       }
     }

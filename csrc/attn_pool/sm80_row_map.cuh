@@ -83,7 +83,12 @@ struct Sm80RowMap {
       if (!__any_sync(kFullWarp, group.row < group.rows_q)) continue;
       const float reference[2] = {softmax.reference[2 * m], softmax.reference[2 * m + 1]};
       const float sum[2] = {softmax.sum[2 * m], softmax.sum[2 * m + 1]};
-      RowStrip(p.map, strip(m)).finish(group, reference, sum);
+      const RowStrip rows(p.map, strip(m));
+      if (p.map.sum) {
+        rows.finish<true>(group, reference, sum);
+      } else {
+        rows.finish<false>(group, reference, sum);
+      }
     }
   }
 

@@ -178,7 +178,7 @@ class Sm90Softmax {
       float row = added[half];
       row += __shfl_xor_sync(0xffffffffu, row, 1);
       row += __shfl_xor_sync(0xffffffffu, row, 2);
-      const float lifted = row > kLiftAbove ? reference[half] + ceilf(log2f(row)) : reference[half];
+      const float lifted = row > kLiftAbove ? reference[half] + floorf(log2f(row)) : reference[half];
       // Taken from what the reference really became: its sum may have been rounded.
       factor[half] = exp2_fast(reference[half] - lifted);
       reference[half] = lifted;

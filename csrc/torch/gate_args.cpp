@@ -108,7 +108,7 @@ void check_pool_gate(const Tensor& x, const std::optional<Tensor>& weight,
   SEER_EXPECT(kPoolGate, pools >= 1 && pools <= 7, "pools", "a bit set of 1 max, 2 min, 4 avg",
               number(pools), "Use 4 for avg or 7 for max, min and avg.");
   const int64_t channels = __builtin_popcountll(static_cast<uint64_t>(pools)) * head_dim;
-  int64_t gate_dim = channels;
+  int64_t gate_dim = channels, heads_out = heads;
   if (weight) {
     kPoolGate.rank("weight", *weight, 3, "[heads_out, pools * head_dim, gate_dim]");
     kPoolGate.same_device("weight", *weight, "x", x);
@@ -116,7 +116,7 @@ void check_pool_gate(const Tensor& x, const std::optional<Tensor>& weight,
     SEER_EXPECT(kPoolGate, weight->size(1) == channels, "weight",
                 number(channels) + " input channels (pools * head_dim)",
                 "shape " + shape_of(*weight), "Match the gate's pooling to its weight.");
-    const int64_t heads_out = weight->size(0);
+    heads_out = weight->size(0);
     SEER_EXPECT(kPoolGate, heads_out == 0 || (heads > 0 && heads_out % heads == 0), "weight",
                 "a multiple of x's " + number(heads) + " heads", "heads_out = " + number(heads_out),
                 "One matrix per output head; the heads of a group read one input head.");
@@ -130,6 +130,12 @@ void check_pool_gate(const Tensor& x, const std::optional<Tensor>& weight,
     kPoolGate.max_rows("max_rows", max_rows);
     batch = cu_seqlens->size(0) - 1;
   }
+  constexpr double kMaxElements = 1e15;  // petabytes: a mistake, and far from overflow
+  SEER_EXPECT(kPoolGate,
+              double(batch) * double(ceil_div(rows, block)) * heads_out * gate_dim < kMaxElements,
+              cu_seqlens ? "max_rows" : "x", "embeddings of fewer than 10^15 elements",
+              number(ceil_div(rows, block)) + " blocks of " + number(batch) + " sequences",
+              "Pass the longest sequence's length.");
   check_rope(x, cos, sin, batch, ceil_div(rows, block), gate_dim);
 }
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed
 
+from seer_cuda.integrations.transformers._corpus import RunError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -44,6 +46,7 @@ def joined(device: str) -> Iterator[Ranks]:
     """The processes that torchrun started; one by itself without torchrun.
 
     device: ``"auto"``, ``"cuda"``: a GPU for each process of a machine, or ``"cpu"``.
+    RunError: several processes on GPUs that were not started by torchrun.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -51,6 +54,11 @@ def joined(device: str) -> Iterator[Ranks]:
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
+        if "LOCAL_RANK" not in os.environ:
+            raise RunError(
+                "LOCAL_RANK: expected each process's GPU beside WORLD_SIZE, got no such variable. "
+                "Start the processes with torchrun, or unset WORLD_SIZE."
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if on_gpu else "gloo")
     try:

@@ -105,8 +105,9 @@ def distill(options: Distill) -> Path:
 
     A run that was killed goes on from its last checkpoint when it is started again, and ends with
     the very weights and log that it would have had: a checkpoint holds weights, optimiser and step,
-    is replaced as a whole, and the data follow from seed and step. With train_all on a GPU that is
-    so up to rounding: torch's backward of dense attention adds up in any order.
+    is replaced as a whole, and the data follow from seed and step. It is so up to rounding where
+    another number of processes goes on, which adds up in another order, and with train_all on a
+    GPU, where torch's backward of dense attention adds up in any order.
 
     Returns:
         The file of the gates' weights.
