@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 from bench.experiment import __main__ as command
-from bench.experiment import corpus, driver, evaluate, page, prefill, train
+from bench.experiment import corpus, driver, evaluate, page, prefill, results, summary, train
 from bench.experiment.settings import FULL, TINY
 from seer_cuda.integrations.transformers import _study
 
@@ -209,9 +209,10 @@ def test_a_cut_line_is_measured_again_and_spoils_none(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "model_with_gates", lambda *args: None)
     monkeypatch.setattr(corpus, "windows", lambda *args: np.zeros((3, 4), np.int64))
     measured = []
+    monkeypatch.setattr(evaluate, "_calibrated", lambda *args: [])
     monkeypatch.setattr(_study, "measure", lambda *args, window: measured.append(window) or [])
     evaluate.run(tmp_path, SETTINGS, evaluate.BASELINES, "cpu", lambda text: None)
-    assert measured == [1, 2]
+    assert measured == [0, 1, 2, 1, 2]  # validation, then what the test lacks
     assert [json.loads(line)["window"] for line in path.read_text().splitlines()] == [0, 1, 2]
 
 
@@ -329,15 +330,27 @@ def _options():
 
 
 @pytest.mark.slow
-def test_the_whole_experiment(site, tmp_path):
+def test_the_whole_experiment(site, tmp_path, monkeypatch):
     """Every stage on small sizes, twice: the second time does nothing but collect."""
     words = ["all", "--size", "tiny", "--folder", str(tmp_path), "--packages", str(site)]
+    collected, collect = [], results.collect
+    monkeypatch.setattr(results, "collect", lambda *args: collected.append(args) or collect(*args))
     assert command.main(words) == 0
+    # After each of corpus, train, three distillations, four evaluations, and at the end.
+    assert len(collected) == 10
     found = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
     assert set(found["distil"]) == {"0", "1"} and found["train"]["steps"] > 0
+    assert set(found["variants"]) == set(TINY.variants)
     gate = [row for row in found["eval"]["rows"] if row["method"] == "learned gate"]
-    assert len(gate) == len(TINY.densities) + len(TINY.thresholds)
+    assert len(gate) == 3 * len(TINY.densities)  # a count and two adaptive rules
     assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in gate)
+    other = summary.variant(TINY.variants[0])
+    methods = {*_study.METHODS, other}
+    for density in TINY.densities:
+        own = [row for row in found["eval"]["adaptive"] if row["target"] == density]
+        assert {row["method"] for row in own} == methods and len(own) == len(methods)
+    for pairs in found["eval"]["paired"].values():
+        assert len(pairs) == len(TINY.densities) * len(_study.BASELINES)
     assert evaluate.load_example(tmp_path / "out" / "example.pt").mask.heads == 2
     before = (tmp_path / "progress.txt").read_text()
     assert command.main(words) == 0

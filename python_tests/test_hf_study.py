@@ -197,12 +197,17 @@ def test_the_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "learned gate    threshold 0.1" in printed and "vertical-slash" in printed
     result = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert len(result["rows"]) == 1 + 2 * len(_study.METHODS) + 1
+    adaptive = [row for row in result["rows"] if row["target"] is not None]
+    assert len(result["rows"]) - len(adaptive) == 1 + 2 * len(_study.METHODS) + 1
+    assert len(adaptive) == 2 * 2 * (len(_study.METHODS) - 2)  # all but sink + local and random
+    assert "topp" in printed and "mean 0.2" in printed
     assert {row["windows"] for row in result["rows"]} == {2}
-    for name in (_report.ACCURACY, _report.TIME, _report.MASK):
+    for name in (_report.ACCURACY, _report.ADAPTIVE, _report.TIME, _report.MASK):
         assert (tmp_path / "out" / name).stat().st_size > 5000
     assert cli.main([*command, "--method", "topk", "--value", "2"]) == cli.USAGE
     assert "--method: expected none with --out" in capsys.readouterr().err
+    assert cli.main([*command, "--calibration", "-1"]) == cli.USAGE
+    assert "--calibration: expected 0 or more" in capsys.readouterr().err
     assert cli.main([*command, "--densities", "1.5"]) == cli.USAGE
     assert "density" in capsys.readouterr().err
     del command[command.index("--out") : command.index("--out") + 2]

@@ -124,6 +124,13 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--thresholds", type=float, nargs="*", metavar="T", help="of the study, gates only"
     )
+    command.add_argument(
+        "--calibration",
+        type=int,
+        metavar="N",
+        help="of the study: windows outside the held-out part, on which every method's threshold "
+        "and top-p of equal mean densities are found; 0: without them (default: 2)",
+    )
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
@@ -210,8 +217,9 @@ def _eval(options: argparse.Namespace) -> int:
 
     if (options.method is None) != (options.value is None):
         return _fail("--method and --value: expected both or neither, got one", USAGE)
-    if options.out is None and not (options.densities is None and options.thresholds is None):
-        return _fail("--densities and --thresholds: expected --out with them, got none", USAGE)
+    own = (options.densities, options.thresholds, options.calibration)
+    if options.out is None and any(option is not None for option in own):
+        return _fail("--densities, --thresholds, --calibration: expected --out, got none", USAGE)
     if options.out is not None and options.method is not None:
         return _fail("--method: expected none with --out, which has every density, got one", USAGE)
     try:
@@ -245,7 +253,7 @@ def _study(options: argparse.Namespace) -> int:
 
     more = {
         name: getattr(options, name)
-        for name in ("densities", "thresholds")
+        for name in ("densities", "thresholds", "calibration")
         if getattr(options, name) is not None
     }
     result = _report.study(

@@ -27,7 +27,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--distil-steps", type=int)
     command.add_argument("--windows", type=int, help="of the evaluation")
     command.add_argument("--seed", type=int, help="of distil")
-    command.add_argument("--group", help="of eval: baselines or a seed")
+    command.add_argument("--gate", help="of distil: another form of gate")
+    command.add_argument("--group", help="of eval: baselines, a seed or a form of gate")
     command.add_argument(
         "--gpus",
         nargs="+",
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     elif options.stage == "distil":
         from bench.experiment import distil
 
-        distil.run(folder, settings, options.seed, device)
+        distil.run(folder, settings, options.seed, device, options.gate)
     elif options.stage == "eval":
         from bench.experiment import evaluate
 

@@ -236,10 +236,8 @@ def run(
         found = packages(roots() if folders is None else folders, standard, pool)
         parts = split(found, settings)
         read = time.monotonic()
-        texts = sample(parts["train"], settings.sample_bytes)
-        tokenizer = train_tokenizer(texts, settings.vocabulary)
+        tokenizer = _tokenizer(folder, parts["train"], settings)
         trained = time.monotonic()
-        tokenizer.save_pretrained(folder / "tokenizer")
         splits = {}
         for name, own in parts.items():
             streams = encode(folder / "tokenizer" / "tokenizer.json", own, pool)
@@ -267,6 +265,19 @@ def run(
     part.write_text(json.dumps(result, indent=1))
     part.replace(report)
     return result
+
+
+def _tokenizer(folder: Path, packages: list[Package], settings: Settings):
+    """The run's tokenizer: one that is there already belongs to a model."""
+    from transformers import AutoTokenizer
+
+    out = folder / "tokenizer"
+    if not out.is_dir():
+        part = folder / ".tokenizer.part"
+        texts = sample(packages, settings.sample_bytes)
+        train_tokenizer(texts, settings.vocabulary).save_pretrained(part)
+        part.replace(out)
+    return AutoTokenizer.from_pretrained(out, local_files_only=True)
 
 
 def _alone() -> None:

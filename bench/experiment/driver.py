@@ -46,10 +46,15 @@ def jobs(settings: Settings, prefill: bool = True) -> list[Job]:
     if prefill:
         # Needs nothing: on another GPU while the model trains, or while the corpus is read.
         found.append(Job("prefill", ("prefill",), gpu="last"))
-    seeds = list(map(str, settings.seeds))
-    found += [Job(f"distil_{seed}", ("distil", "--seed", seed), ("train",)) for seed in seeds]
+    # What matters most first, should the time end: a seed, all baselines, the other gates.
+    first = str(settings.seeds[0])
+    gates = {str(seed): ("--seed", str(seed)) for seed in settings.seeds}
+    gates |= {name: ("--seed", first, "--gate", name) for name in settings.variants}
     for group in groups(settings):
-        needs = f"distil_{group if group in seeds else seeds[0]}"
+        needs = "train"
+        if group in gates:
+            needs = f"distil_{group}"
+            found.append(Job(needs, ("distil", *gates[group]), ("train",)))
         found.append(Job(f"eval_{group}", ("eval", "--group", group), (needs,)))
     return found
 
@@ -62,12 +67,18 @@ class Driver:
         todo: The jobs, those first that should start first.
         gpus: Names for CUDA_VISIBLE_DEVICES; "1@480" may be used from 480 s after the start on.
         options: Given to every stage.
+        collect: Called after every stage, so that a run whose time ends leaves what it has found.
     """
 
     def __init__(
-        self, folder: Path, todo: Sequence[Job], gpus: Sequence[str], options: Sequence[str]
+        self,
+        folder: Path,
+        todo: Sequence[Job],
+        gpus: Sequence[str],
+        options: Sequence[str],
+        collect: Callable[[], None] = lambda: None,
     ) -> None:
-        self.folder, self.options = folder, list(options)
+        self.folder, self.options, self.collect = folder, list(options), collect
         self.todo = list(todo)
         known = [gpu.partition("@") for gpu in gpus]
         self.order = [name for name, _, _ in known]
@@ -139,6 +150,7 @@ class Driver:
             mark = self.folder / "done" / f"{job.name}.json"
             mark.write_text(json.dumps({"seconds": round(seconds, 1), "gpu": gpu}))
             self.say(f"{job.name}: done in {seconds:.0f} s")
+            self.collect()
             return
         self.say(f"{job.name}: status {process.returncode} after {seconds:.0f} s")
         if self.tries[job.name] < _TRIES:
@@ -168,8 +180,8 @@ def run(
     prefill: bool = True,
     collect: Callable[[], None] = lambda: None,
 ) -> int:
-    """Everything; the exit status. `collect` runs at the end whatever has failed."""
-    driver = Driver(folder, jobs(settings, prefill), gpus, options)
+    """Everything; the exit status. `collect` runs after every stage, and at the end in any case."""
+    driver = Driver(folder, jobs(settings, prefill), gpus, options, collect)
     try:
         missing = driver.run()
     finally:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gates of every seed and all baselines on held-out packages, window by window.
 
-A group is what one process measures: "baselines" (which read no gate) or a seed. Every window is
-one line of ``points_GROUP.jsonl``, so a run that was killed goes on with the next one.
+A group is what one process measures: "baselines" (which read no gate), a seed, or another form of
+gate. Every window is one line of ``points_GROUP_SPLIT.jsonl``, so a run that was killed goes on
+with the next one. `bench.experiment.summary` puts the groups together.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ EXAMPLE_DENSITY, EXAMPLE_HEADS = 0.1, 4
 
 
 def groups(settings: Settings) -> list[str]:
-    """Names of all groups."""
-    return [BASELINES, *map(str, settings.seeds)]
+    """Names of all groups, the most important first."""
+    first, *more = map(str, settings.seeds)
+    return [first, BASELINES, *more, *settings.variants]
 
 
 def gates_folder(folder: Path, seed: int | str) -> Path:
@@ -35,27 +37,27 @@ def gates_folder(folder: Path, seed: int | str) -> Path:
     return folder / f"gates_{seed}"
 
 
-def model_with_gates(folder: Path, settings: Settings, seed: int | str, device: str):
-    """The trained model with the gates of a seed."""
+def model_with_gates(folder: Path, group: str, device: str):
+    """The trained model with the gates of a group; baselines look at none, but come with some."""
     model, _ = open_model(str(folder / "model"), device)
-    return seer_hf.load_gates(model, gates_folder(folder, seed), mode="dense")
+    if group == BASELINES:
+        return seer_hf.attach(model, seer_hf.SeerConfig(mode="dense"))
+    return seer_hf.load_gates(model, gates_folder(folder, group), mode="dense")
 
 
 def run(folder: Path, settings: Settings, group: str, device: str, log=print) -> None:
-    """Measures one group on the test windows; a seed's thresholds on validation windows too."""
-    # The baselines look at no gate, but the model's hooks come with one.
-    seed = settings.seeds[0] if group == BASELINES else group
-    model = model_with_gates(folder, settings, seed, device)
+    """Measures one group on the test windows; adaptive rules on validation windows first."""
+    model = model_with_gates(folder, group, device)
     methods = _study.BASELINES if group == BASELINES else (_study.GATE,)
-    thresholds = () if group == BASELINES else settings.thresholds
-    everything = _study.selections(settings.densities, thresholds, methods)
     length = settings.context
-    sets = {"test": (settings.windows, everything)}
-    if thresholds:
-        chosen_on = [one for one in everything if one.rule == "threshold"]
-        sets["validation"] = (settings.validation_windows, chosen_on)
-    for split, (count, wanted) in sets.items():
-        windows = corpus.windows(folder, split, count, length)
+    known = corpus.windows(folder, "validation", settings.validation_windows, length)
+    adaptive = _calibrated(folder, settings, group, model, methods, torch.from_numpy(known))
+    fixed = _study.selections(settings.densities, methods=methods)
+    tests = corpus.windows(folder, "test", settings.windows, length)
+    for split, windows, wanted in (
+        ("validation", known, adaptive),
+        ("test", tests, fixed + adaptive),
+    ):
         path = folder / f"points_{group}_{split}.jsonl"
         _drop_cut_line(path)
         done = {line["window"] for line in _lines(path)}
@@ -69,10 +71,29 @@ def run(folder: Path, settings: Settings, group: str, device: str, log=print) ->
                 file.write(json.dumps(line) + "\n")
             log(f"eval {group}: {split} window {index + 1}/{len(windows)}")
     if group == str(settings.seeds[0]) and not (folder / "times.json").is_file():
-        tokens = torch.from_numpy(corpus.windows(folder, "test", 1, length)[0]).to(device)
+        tokens = torch.from_numpy(tests[0]).to(device)
         times = _study.layer_times(model, tokens, settings.densities)
         save_example(_study.example(model, tokens, EXAMPLE_DENSITY), folder / "example.pt")
         (folder / "times.json").write_text(json.dumps(times))
+
+
+def _calibrated(
+    folder: Path,
+    settings: Settings,
+    group: str,
+    model: torch.nn.Module,
+    methods: Sequence[str],
+    windows: torch.Tensor,
+) -> list[_study.Selection]:
+    """The adaptive rules' numbers, found once: all windows of a run are measured with the same."""
+    path = folder / f"numbers_{group}.json"
+    if not path.is_file():
+        tokens = windows.to(next(model.parameters()).device)
+        found = _study.calibrate(model, list(tokens), settings.densities, methods)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps([asdict(one) for one in found]))
+        part.replace(path)
+    return [_study.Selection(**one) for one in json.loads(path.read_text())]
 
 
 def save_example(found: _study.Example, path: Path) -> None:
@@ -121,82 +142,3 @@ def points(folder: Path, group: str, split: str) -> list[_study.Point]:
         for line in _lines(folder / f"points_{group}_{split}.jsonl")
         for point in line["points"]
     ]
-
-
-def summary(folder: Path, settings: Settings) -> dict[str, Any]:
-    """Rows of every method (`_study.summarise`); the gate's over its seeds, with their spread.
-
-    A gate's row has ``seeds``, the ratio of each, and ``ratio_low``, ``ratio_high`` between which
-    they lie; the other figures are means over the seeds. ``threshold`` is the largest one whose
-    mean ratio on the validation windows is at most 1.01, chosen before the test windows are read.
-    """
-    rows = _study.summarise(points(folder, BASELINES, "test"))
-    each = [_study.summarise(points(folder, str(seed), "test")) for seed in settings.seeds]
-    rows += [_mean(own) for own in zip(*(one[1:] for one in each), strict=True)]
-    validation = [
-        _study.summarise(points(folder, str(seed), "validation")) for seed in settings.seeds
-    ]
-    checked = [_mean(own) for own in zip(*(one[1:] for one in validation), strict=True)]
-    good = [row["value"] for row in checked if row["ratio"] <= 1.01]
-    return {
-        "rows": rows,
-        "validation": checked,
-        "threshold": max(good) if good else None,
-        "paired": paired(folder, settings),
-    }
-
-
-def _mean(own: tuple[dict[str, Any], ...]) -> dict[str, Any]:
-    first, ratios = own[0], [row["ratio"] for row in own]
-    numbers = ("kept", "perplexity", "ratio", "late_ratio", "recall", "mass")
-    means = {
-        key: sum(row[key] for row in own) / len(own) for key in numbers if first[key] is not None
-    }
-    errors = (
-        {}
-        if first["ratio_error"] is None
-        else {"ratio_error": max(row["ratio_error"] for row in own)}
-    )
-    band = {"seeds": ratios, "ratio_low": min(ratios), "ratio_high": max(ratios)}
-    return first | means | errors | band
-
-
-def paired(folder: Path, settings: Settings) -> list[dict[str, Any]]:
-    """The gate against each baseline on the same windows, at every density.
-
-    ``gain`` is the mean over windows and seeds of (baseline's loss - gate's loss), in nats per
-    token; ``error`` its standard error over the windows; ``better`` the windows in which the mean
-    gate is better.
-    """
-    base = {
-        (point.method, point.value, point.window): point.loss
-        for point in points(folder, BASELINES, "test")
-    }
-    gate: dict[tuple[float, int], list[float]] = {}
-    for seed in settings.seeds:
-        for point in points(folder, str(seed), "test"):
-            if point.method == _study.GATE and point.rule == "density":
-                gate.setdefault((point.value, point.window), []).append(point.loss)
-    rows = []
-    for density in settings.densities:
-        for method in _study.BASELINES:
-            gains = torch.tensor(
-                [
-                    base[method, density, window] - sum(losses) / len(losses)
-                    for (value, window), losses in gate.items()
-                    if value == density
-                ],
-                dtype=torch.float64,
-            )
-            error = gains.std().item() / len(gains) ** 0.5 if len(gains) > 1 else None
-            rows.append(
-                {
-                    "method": method,
-                    "density": density,
-                    "gain": gains.mean().item(),
-                    "error": error,
-                    "better": int((gains > 0).sum()),
-                    "windows": len(gains),
-                }
-            )
-    return rows

@@ -6,13 +6,13 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.experiment import evaluate
+from bench.experiment import evaluate, summary
 from bench.experiment.settings import Settings
 from bench.source import ROOT
 
@@ -49,12 +49,29 @@ def collect(folder: Path, out: Path, settings: Settings, date: str) -> Path:
         found["train"] = _train(folder)
     seeds = [seed for seed in settings.seeds if f"distil_{seed}" in done]
     found["distil"] = {str(seed): _distil(evaluate.gates_folder(folder, seed)) for seed in seeds}
-    if all(f"eval_{group}" in done for group in evaluate.groups(settings)):
-        found["eval"] = evaluate.summary(folder, settings)
+    found["variants"] = {
+        name: _distil(evaluate.gates_folder(folder, name))
+        for name in settings.variants
+        if f"distil_{name}" in done
+    }
+    measured = replace(
+        settings,
+        seeds=tuple(seed for seed in settings.seeds if f"eval_{seed}" in done),
+        variants=tuple(name for name in settings.variants if f"eval_{name}" in done),
+    )
+    if f"eval_{evaluate.BASELINES}" in done and measured.seeds[:1] == settings.seeds[:1]:
+        found["eval"] = summary.summary(folder, measured)
         found["times"] = json.loads((folder / "times.json").read_text())
         shutil.copy(folder / EXAMPLE, out / EXAMPLE)
     if (folder / "prefill.json").is_file():
         found["prefill"] = json.loads((folder / "prefill.json").read_text())
+        found["prefill_date"] = date
+    elif (kept := result_path(RESULTS, found["gpu"])).is_file():
+        # Times depend on no weights: without a measurement of its own a run keeps the last one's.
+        last = json.loads(kept.read_text())
+        if "prefill" in last:
+            found["prefill"] = last["prefill"]
+            found["prefill_date"] = last.get("prefill_date", last["date"])
     path = result_path(out, found["gpu"])
     path.write_text(json.dumps(found, indent=1) + "\n")
     return path

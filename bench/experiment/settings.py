@@ -21,8 +21,8 @@ class Settings:
         phases: (context, share of the training time); step_tokens tokens per step in all.
         distil_steps, distil_batch: Of each seed.
         windows: Held-out windows of the evaluation.
-        validation_windows: Those that thresholds are chosen on.
-        thresholds: Candidates of the threshold rule.
+        variants: Other forms of gate (`seer_cuda.gate.GATE_NAMES`), of the first seed alone.
+        validation_windows: Those that adaptive rules are calibrated and chosen on.
     """
 
     vocabulary: int = 8192
@@ -48,11 +48,11 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     distil_steps: int = 250
     distil_batch: int = 8
+    variants: tuple[str, ...] = ("Qmaxminavg_Kmaxminavg",)
 
     windows: int = 32
     validation_windows: int = 4
     densities: tuple[float, ...] = DENSITIES
-    thresholds: tuple[float, ...] = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 
 
 FULL = Settings()
@@ -78,6 +78,5 @@ TINY = Settings(
     windows=2,
     validation_windows=1,
     densities=(0.5, 0.2),
-    thresholds=(1e-2, 5e-2),
 )
 PRESETS = {"full": FULL, "tiny": TINY}

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seer_cuda.integrations.transformers import _study
-from seer_cuda.integrations.transformers._corpus import RunError, load
-from seer_cuda.integrations.transformers._files import load_gates
-from seer_cuda.integrations.transformers._study import (
+from seer_cuda.integrations.transformers import _adaptive, _study
+from seer_cuda.integrations.transformers._choices import (
     ANTIDIAGONAL,
     DENSE,
     GATE,
@@ -23,6 +21,8 @@ from seer_cuda.integrations.transformers._study import (
     SINK_LOCAL,
     VERTICAL_SLASH,
 )
+from seer_cuda.integrations.transformers._corpus import RunError, load
+from seer_cuda.integrations.transformers._files import load_gates
 from seer_cuda.integrations.transformers._train import open_model
 
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05)
 THRESHOLDS = (5e-4, 1e-3, 2e-3, 5e-3)
 RESULTS, ACCURACY, TIME, MASK = "results.json", "accuracy.png", "time.png", "mask.png"
+ADAPTIVE = "adaptive.png"
+CALIBRATION = 2
 _THRESHOLD = f"{GATE}, threshold"
+_LOSS = "perplexity above the dense model's (%)"
 # Colour-blind safe (Okabe and Ito 2008); markers tell the lines apart in greyscale.
 STYLE = {
     GATE: ("#0072B2", "o", "-"),
@@ -55,9 +58,13 @@ def study(
     windows: int = 8,
     densities: Sequence[float] = DENSITIES,
     thresholds: Sequence[float] = THRESHOLDS,
+    calibration: int = CALIBRATION,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Measures a model with its gates on the held-out part of a text, and writes what it found.
+
+    calibration: windows of the other part, on which the adaptive rules' numbers are found; 0: none
+    of these rules.
 
     Returns:
         What ``results.json`` holds: ``rows`` (`_study.summarise`), ``times``
@@ -68,11 +75,18 @@ def study(
     """
     if context < 2 or windows < 1:
         raise RunError("--context, --windows: expected at least 2 tokens and 1 window, got less.")
+    if calibration < 0:
+        raise RunError(f"--calibration: expected 0 or more windows, got {calibration}.")
     wanted = _study.selections(densities, thresholds)
     model, tokenizer = open_model(model_folder, device)
-    tokens = load(Path(text), tokenizer).evaluation(windows, context)
+    corpus = load(Path(text), tokenizer)
+    tokens = corpus.evaluation(windows, context)
     load_gates(model, gates_folder)
-    tokens = tokens.to(model.get_output_embeddings().weight.device)
+    where = model.get_output_embeddings().weight.device
+    tokens = tokens.to(where)
+    if calibration:
+        known = corpus.sample(calibration, context, 0, 0).to(where)
+        wanted += _study.calibrate(model, known, densities)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     points = []
@@ -85,6 +99,7 @@ def study(
         "text": text,
         "context": context,
         "windows": windows,
+        "calibration": calibration,
         "rows": _study.summarise(points),
         "times": _study.layer_times(model, tokens[0], densities),
     }
@@ -92,6 +107,10 @@ def study(
     if importlib.util.find_spec("matplotlib") is not None:
         draw_accuracy(result["rows"], folder / ACCURACY)
         draw_time(result["times"], folder / TIME)
+        if calibration:
+            own = [row for row in result["rows"] if row["target"] is not None]
+            rules = {rule: [row for row in own if row["rule"] == rule] for rule in _adaptive.RULES}
+            draw_ratios(rules, folder / ADAPTIVE)
         middle = sorted(densities)[len(densities) // 2]
         draw_example(_study.example(model, tokens[0], middle), folder / MASK)
     return result
@@ -103,6 +122,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [head]
     for row in rows:
         rule = "" if row["method"] == DENSE else f"{row['rule']} {row['value']:g}"
+        if row.get("target") is not None:
+            rule = f"{row['rule']} {row['value']:.3g}, mean {row['target']:g}"
         lines.append(
             (
                 row["method"],
@@ -129,7 +150,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The rows of every line of the figure, by the share that is kept."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if row["method"] != DENSE:
+        if row["method"] != DENSE and row.get("target") is None:
             name = row["method"] if row["rule"] == "density" else _THRESHOLD
             lines.setdefault(name, []).append(row)
     order = {name: sorted(lines.get(name, ()), key=lambda row: row["kept"]) for name in STYLE}
@@ -149,20 +170,13 @@ def draw_accuracy(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     axes = figure.subplots(1, 3)
     for name, own in curves(rows).items():
-        color, marker, line = STYLE[name]
-        style = {"color": color, "marker": marker, "linestyle": line, "markersize": 5}
-        kept = [100 * row["kept"] for row in own]
-        # On a logarithmic axis a gain, or a loss within rounding, is drawn at its foot.
-        axes[0].plot(kept, [_percent(row["ratio"]) for row in own], label=name, **style)
-        if all("ratio_low" in row for row in own):
-            band = [[_percent(row[key]) for row in own] for key in ("ratio_low", "ratio_high")]
-            axes[0].fill_between(kept, *band, color=color, alpha=0.2, linewidth=0)
+        kept, style = _line(axes[0], name, own)
         for axis, key in zip(axes[1:], ("recall", "mass"), strict=True):
             if all(row[key] is not None for row in own):
                 axis.plot(kept, [100 * row[key] for row in own], **style)
     axes[0].set_yscale("log")
     titles = (
-        "perplexity above the dense model's (%)",
+        _LOSS,
         "blocks of the oracle that are kept (%)",
         "attention on kept blocks (%)",
     )
@@ -170,6 +184,55 @@ def draw_accuracy(rows: Sequence[dict[str, Any]], path: Path) -> None:
         _style(axis, title)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def draw_ratios(panels: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
+    """Loss of perplexity against the share that is kept, a panel for each way of choosing.
+
+    Args:
+        panels: By title, rows with at most one per method and density.
+        path: Of the figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+        for name in STYLE:
+            own = sorted(
+                (row for row in rows if row["method"] == name), key=lambda row: row["kept"]
+            )
+            if own:
+                _line(axis, name, own)
+        axis.set_yscale("log")
+        _style(axis, f"{title}: {_LOSS}")
+    handles = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
+    )
+    figure.savefig(path, dpi=120)
+
+
+def _line(
+    axis: Axes, name: str, own: Sequence[dict[str, Any]]
+) -> tuple[list[float], dict[str, Any]]:
+    """One method's loss of perplexity; the share it keeps and how it is drawn."""
+    color, marker, line = STYLE[name]
+    style = {"color": color, "marker": marker, "linestyle": line, "markersize": 5}
+    kept = [100 * row["kept"] for row in own]
+    # On a logarithmic axis a gain, or a loss within rounding, is drawn at its foot.
+    axis.plot(kept, [_percent(row["ratio"]) for row in own], label=name, **style)
+    if all("ratio_low" in row for row in own):
+        band = [[_percent(row[key]) for row in own] for key in ("ratio_low", "ratio_high")]
+        axis.fill_between(kept, *band, color=color, alpha=0.2, linewidth=0)
+    return kept, style
 
 
 def _percent(ratio: float) -> float:
@@ -230,4 +293,13 @@ def draw_example(example: _study.Example, path: Path, *, heads: int = 4) -> None
     example.mask.plot(example.pooled, max_heads=heads, title=title).savefig(path, dpi=120)
 
 
-__all__ = ["METHODS", "curves", "draw_accuracy", "draw_example", "draw_time", "study", "table"]
+__all__ = [
+    "METHODS",
+    "curves",
+    "draw_accuracy",
+    "draw_example",
+    "draw_ratios",
+    "draw_time",
+    "study",
+    "table",
+]

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity by density: a model's gates beside the oracle and choices that need no training.
 
-Under the density rule every method is a score of blocks, and one rule picks from all of them: each
-row keeps its diagonal block and the best others, k = max(1, floor((1 - sqrt(1 - density)) blocks))
-in all (every visible block where a row has fewer). So all methods keep equally many blocks in every
-row of every head. Thresholds go the way of the product: `gate_mask` with the diagonal kept.
-
-Losses of all methods are those of the same tokens, so their differences are paired.
+Methods and rules are those of `_choices`. Losses of all methods are those of the same tokens, so
+their differences are paired.
 """
 
 from __future__ import annotations
@@ -22,30 +18,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seer_cuda import heuristics, select
+from seer_cuda import select
 from seer_cuda._timing import median_ms
 from seer_cuda.block_mask import BlockMask
+from seer_cuda.integrations.transformers import _adaptive
 from seer_cuda.integrations.transformers._attach import attached_config, configure, state_of
+from seer_cuda.integrations.transformers._choices import (
+    ADAPTIVE,
+    BASELINES,
+    DENSE,
+    GATE,
+    LOGITS,
+    METHODS,
+    ORACLE,
+    SINK_LOCAL,
+    Selection,
+    choose,
+    keep,
+    keep_adaptive,
+    scores,
+    selections,
+    true_map,
+)
 from seer_cuda.integrations.transformers._state import Prompt
-from seer_cuda.ops import attn_pool, block_sparse_attn
+from seer_cuda.ops import block_sparse_attn
 from seer_cuda.prefill import gate_mask
 from seer_cuda.select import Rule
 
-DENSE, GATE, ORACLE = "dense", "learned gate", "oracle"
-SINK_LOCAL, RANDOM = "sink + local", "random"
-VERTICAL_SLASH, ANTIDIAGONAL, POOLED = "vertical-slash", "antidiagonal", "pooled q.k"
-BASELINES = (ORACLE, VERTICAL_SLASH, ANTIDIAGONAL, POOLED, SINK_LOCAL, RANDOM)
-METHODS = (GATE, *BASELINES)
 _HEAD_ROWS = 1024  # logits at a time: those of all tokens would take gigabytes
-
-
-@dataclass(frozen=True)
-class Selection:
-    """How blocks are chosen: a method, and a rule with its value; threshold: the gate only."""
-
-    method: str
-    rule: str = "density"
-    value: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,16 @@ class Point:
 
     Attributes:
         window: Index of the window.
-        method, rule, value: The selection; the dense model is method "dense".
+        method, rule, value, target: The selection; the dense model is method "dense".
         loss: Mean nats per token.
         late_loss: Over the second half of the window.
-        kept: Share of the causally visible blocks.
+        kept: Share of the visible blocks that the sparse model kept, the diagonal ones among
+            them, over all rows together (a long row weighs more), mean over heads and layers.
         recall: Share of the oracle's blocks that are kept at this density, the diagonal and rows
-            that keep all they see left out; None where there is no density.
+            that keep all they see left out; None where rows have no count.
         mass: Share of the true attention on kept blocks.
 
-    The last three are means over the layers, measured on the dense model's own activations.
+    The last two are means over the layers, measured on the dense model's own activations.
     """
 
     window: int
@@ -74,57 +75,7 @@ class Point:
     kept: float = 1.0
     recall: float | None = None
     mass: float = 1.0
-
-
-def selections(
-    densities: Sequence[float],
-    thresholds: Sequence[float] = (),
-    methods: Sequence[str] = METHODS,
-) -> list[Selection]:
-    """Every method at every density, and the gate at every threshold."""
-    found = [Selection(method, "density", value) for value in densities for method in methods]
-    if GATE in methods:
-        found += [Selection(GATE, "threshold", value) for value in thresholds]
-    return found
-
-
-@torch.no_grad()
-def scores(method: str, prompt: Prompt, window: int = 0) -> Tensor:
-    """``[batch|1, heads, blocks, blocks]`` scores of one layer's blocks."""
-    block, (rows, heads) = prompt.gate.config.block, prompt.q.shape[1:3]
-    device, sizes = prompt.q.device, {"block": block, "scale": prompt.scale}
-    if method == GATE:
-        return prompt.gate(prompt.q_before, prompt.k_before)
-    if method == ORACLE:
-        return _map(prompt, "max")
-    if method == VERTICAL_SLASH:
-        return heuristics.vertical_slash(prompt.q, prompt.k, **sizes)
-    if method == ANTIDIAGONAL:
-        stride = min(8, block)
-        return heuristics.antidiagonal(prompt.q, prompt.k, stride=stride, **sizes)
-    if method == POOLED:
-        return heuristics.pooled_qk(prompt.q, prompt.k, **sizes)
-    if method == SINK_LOCAL:
-        return heuristics.sink_local(rows, block=block, device=device)
-    seed = window * 1009 + prompt.layer
-    return heuristics.random(rows, heads, block=block, seed=seed, device=device)
-
-
-def keep(values: Tensor, density: float, prompt: Prompt) -> BlockMask:
-    """The common rule: the diagonal and the best others, equally many for every method."""
-    blocks, block, rows = values.shape[-1], prompt.gate.config.block, prompt.q.shape[1]
-    diagonal = torch.eye(blocks, dtype=torch.bool, device=values.device)
-    values = values.masked_fill(diagonal, torch.inf)
-    sizes = {"block_q": block, "block_kv": block, "rows_q": rows, "rows_kv": rows}
-    return select.from_scores(values, "density", density, **sizes)
-
-
-def choose(selection: Selection, prompt: Prompt, window: int = 0) -> BlockMask:
-    """The blocks that one layer keeps."""
-    if selection.rule == "density":
-        return keep(scores(selection.method, prompt, window), selection.value, prompt)
-    rule = Rule(selection.rule, selection.value, local=1)
-    return gate_mask(prompt.q_before, prompt.k_before, prompt.gate, rule)
+    target: float | None = None
 
 
 def measure(
@@ -157,35 +108,87 @@ def measure(
     dense = _mean_loss(losses)
     points = [Point(window, DENSE, "density", 1.0, *dense)]
     for one in wanted:
-        with _choosing(model, lambda prompt, one=one: choose(one, prompt, window)):
+        densities: list[Tensor] = []
+
+        def select_blocks(prompt: Prompt, one=one, densities=densities) -> BlockMask:
+            mask = choose(one, prompt, window)
+            densities.append(mask.density().mean())
+            return mask
+
+        with _choosing(model, select_blocks):
             losses = _losses(model, tokens)
         advance()
-        points.append(Point(window, *asdict(one).values(), *_mean_loss(losses), **quality.of(one)))
+        loss, late_loss = _mean_loss(losses)
+        seen = quality.of(one) | {"kept": torch.stack(densities).mean().item()}
+        points.append(Point(window, loss=loss, late_loss=late_loss, **asdict(one), **seen))
     return points
 
 
+def calibrate(
+    model: nn.Module,
+    windows: Sequence[Tensor],
+    densities: Sequence[float],
+    methods: Sequence[str] = METHODS,
+) -> list[Selection]:
+    """Every method with shares of its own, under every adaptive rule, at mean densities.
+
+    One dense pass per window tells the strengths of all blocks; a sparse model's differ from them
+    little, and `Point` has the density that was kept.
+
+    Args:
+        model: With gates; any mode.
+        windows: int64 ``[length]`` each, on the model's device, none of those to be measured.
+        densities: Mean densities in (0, 1].
+        methods: Those without shares are passed over.
+
+    Raises:
+        ValueError: no gates, or no windows.
+    """
+    able = [method for method in methods if method in ADAPTIVE]
+    tallies = {(method, rule): _adaptive.Tally() for method in able for rule in _adaptive.RULES}
+
+    def count(prompt: Prompt) -> None:
+        for method in able:
+            own = _adaptive.shares(scores(method, prompt), method in LOGITS)
+            for rule in _adaptive.RULES:
+                tallies[method, rule].add(_adaptive.strengths(rule, own))
+
+    for tokens in windows:
+        with _choosing(model, count):
+            _losses(model, tokens)
+    return [
+        Selection(method, rule, tally.value(density), density)
+        for density in densities
+        for (method, rule), tally in tallies.items()
+    ]
+
+
 class _Quality:
-    """Recall, mass and density of every selection on the dense model's activations."""
+    """Recall and mass of every selection on the dense model's activations."""
 
     def __init__(self, wanted: Sequence[Selection], window: int) -> None:
         self.wanted, self.window = wanted, window
         self.seen: dict[Selection, list[dict[str, Tensor]]] = {one: [] for one in wanted}
 
     def __call__(self, prompt: Prompt) -> None:
-        oracle, mass = _map(prompt, "max"), _map(prompt, "sum")
+        oracle, mass = true_map(prompt, "max"), true_map(prompt, "sum")
         known = {ORACLE: oracle}
+        strengths: dict[tuple[str, str], Tensor] = {}
         for one in self.wanted:
+            if one.method not in known:
+                known[one.method] = scores(one.method, prompt, self.window)
             if one.rule == "density":
-                if one.method not in known:
-                    known[one.method] = scores(one.method, prompt, self.window)
                 mask = keep(known[one.method], one.value, prompt)
+            elif one.target is not None:
+                way = one.method, one.rule
+                if way not in strengths:
+                    own = _adaptive.shares(known[one.method], one.method in LOGITS)
+                    strengths[way] = _adaptive.strengths(one.rule, own)
+                mask = keep_adaptive(strengths[way], one.value, prompt)
             else:
                 mask = choose(one, prompt)
             kept = mask.to_dense().expand_as(mass)
-            values = {
-                "kept": mask.density().mean(),
-                "mass": (mass * kept).sum() / mass.sum(),
-            }
+            values = {"mass": (mass * kept).sum() / mass.sum()}
             if one.rule == "density":
                 best = keep(oracle, one.value, prompt).to_dense() & _open(one.value, oracle)
                 # Where nothing but diagonals is kept, there is nothing to miss.
@@ -208,12 +211,6 @@ def _open(density: float, scores: Tensor) -> Tensor:
     row = torch.arange(blocks, device=scores.device)
     choice = row >= select.density_to_k(density, blocks)
     return choice[:, None] & (row[:, None] != row)
-
-
-def _map(prompt: Prompt, reduce: str) -> Tensor:
-    block = prompt.gate.config.block
-    sizes = {"block_q": block, "block_kv": block, "scale": prompt.scale, "reduce": reduce}
-    return attn_pool(prompt.q, prompt.k, prompt.v, **sizes)[2]
 
 
 @contextmanager
@@ -254,11 +251,12 @@ def summarise(points: Sequence[Point]) -> list[dict[str, Any]]:
     window).
     """
     dense = {point.window: point for point in points if point.method == DENSE}
-    groups: dict[tuple[str, str, float], list[Point]] = {}
+    groups: dict[tuple[str, str, float, float | None], list[Point]] = {}
     for point in points:
-        groups.setdefault((point.method, point.rule, point.value), []).append(point)
+        key = point.method, point.rule, point.value, point.target
+        groups.setdefault(key, []).append(point)
     rows = []
-    for (method, rule, value), group in groups.items():
+    for (method, rule, value, target), group in groups.items():
         ratio, error = _ratio([point.loss - dense[point.window].loss for point in group])
         late, _ = _ratio([point.late_loss - dense[point.window].late_loss for point in group])
         recalls = [point.recall for point in group if point.recall is not None]
@@ -267,6 +265,7 @@ def summarise(points: Sequence[Point]) -> list[dict[str, Any]]:
                 "method": method,
                 "rule": rule,
                 "value": value,
+                "target": target,
                 "windows": len(group),
                 "kept": statistics.fmean(point.kept for point in group),
                 "perplexity": math.exp(statistics.fmean(point.loss for point in group)),
@@ -350,15 +349,33 @@ def example(model: nn.Module, tokens: Tensor, density: float) -> Example:
     found: list[tuple[float, Example]] = []
 
     def look(prompt: Prompt) -> None:
-        mass = _map(prompt, "sum")
+        mass = true_map(prompt, "sum")
         gate, window = (
             keep(scores(method, prompt), density, prompt) for method in (GATE, SINK_LOCAL)
         )
         gain = (mass * gate.to_dense()).sum() - (mass * window.to_dense()).sum()
         if not found or gain > found[0][0]:
-            pooled = _map(prompt, "max").cpu()
+            pooled = true_map(prompt, "max").cpu()
             found[:] = [(gain.item(), Example(prompt.layer, density, gate.to("cpu"), pooled))]
 
     with _choosing(model, look):
         _losses(model, tokens)
     return found[0][1]
+
+
+__all__ = [
+    "BASELINES",
+    "DENSE",
+    "GATE",
+    "METHODS",
+    "ORACLE",
+    "Point",
+    "Selection",
+    "calibrate",
+    "choose",
+    "example",
+    "layer_times",
+    "measure",
+    "selections",
+    "summarise",
+]
