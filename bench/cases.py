@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from bench.source import ROOT
@@ -15,6 +16,20 @@ BLOCKS = ((64, 64), (128, 128))
 SHORT, MIDDLE, LONG = 8192, 32768, 131072
 ATTENTION = "block_sparse_attn"
 ATTN_POOL = "attn_pool"  # its cases: bench.pool
+# Attention of published models: query heads, KV heads, head_dim.
+MODELS = {
+    "llama-3.1-8b": (32, 8, 128),
+    "llama-3.1-70b": (64, 8, 128),
+    "llama-3.2-1b": (32, 8, 64),
+    "qwen2.5-7b": (28, 4, 128),
+    "qwen2.5-32b": (40, 8, 128),
+    "qwen3-0.6b": (16, 8, 128),
+    "qwen3-8b": (32, 8, 128),
+    "qwen3-14b": (40, 8, 128),
+    "qwen3-32b": (64, 8, 128),
+    "qwen3-30b-a3b": (32, 4, 128),
+}
+MODEL_LENGTHS = tuple(1024 * 2**power for power in range(2, 9))  # 4k to 256k
 # Operators of the gate and what is made of them (bench.gate).
 GATE_OPS = ("pool_gate", "gate_select", "gate_mask", "sparse_prefill")
 
@@ -66,6 +81,8 @@ class Case:
         """
         parts = [self.arch] if self.op == ATTENTION else [self.arch, self.op]
         parts.append(f"{self.rows_q // 1024}k" if self.rows_q % 1024 == 0 else str(self.rows_q))
+        if (self.heads_q, self.heads_kv) != (32, 8):
+            parts.append(f"h{self.heads_q}-{self.heads_kv}")
         if self.head_dim != 128:
             parts.append(f"hd{self.head_dim}")
         if self.dtype != "bfloat16":
@@ -156,3 +173,31 @@ def all_cases(family: str) -> list[Case]:
         for block in BLOCKS:
             cases += _by_density(MIDDLE, block=block)
     return cases
+
+
+def model_cases(family: str, models: Sequence[str] = tuple(MODELS)) -> list[Case]:
+    """Causal attention of models at 4k to 256k tokens: without a mask, and random masks that keep
+    50, 20 and 10 %. Models of one shape share their cases.
+
+    Raises:
+        ValueError: a model that MODELS does not have.
+    """
+    unknown = [name for name in models if name not in MODELS]
+    if unknown:
+        raise ValueError(
+            f"--models: expected some of {', '.join(MODELS)}, got {', '.join(unknown)}. Leave the "
+            "names out for all of them."
+        )
+    shapes = dict.fromkeys(MODELS[name] for name in models)
+    return [
+        case
+        for heads_q, heads_kv, head_dim in shapes
+        for rows in MODEL_LENGTHS
+        for shape in [
+            {"arch": family, "heads_q": heads_q, "heads_kv": heads_kv, "head_dim": head_dim}
+        ]
+        for case in [
+            _dense(rows, **shape),
+            *(_sparse(rows, density, **shape) for density in DENSITIES[1:]),
+        ]
+    ]

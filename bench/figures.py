@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything generated from data: the speed figure, and the README's tables.
+"""Everything generated from data: two figures, and the README's tables.
 
-    python -m bench.figures            draw docs/img/speed_{light,dark}.svg, rewrite README.md
+    python -m bench.figures            draw docs/img/{speed,overview}_{light,dark}.svg, README.md
     python -m bench.figures --check    exit status 1 if a figure or a table is stale
 
 The data are the newest record of bench/results and the support matrix csrc/variants.json. A table
@@ -18,14 +18,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import report
+from bench import overview, report
 from bench.cases import BLOCKS, MIDDLE, VARIANTS
 from bench.record import RESULTS
 from bench.source import ROOT
 
 README = ROOT / "README.md"
 IMAGES = ROOT / "docs" / "img"
-DRAWING = "3"  # raised when the drawing itself changes
+DRAWING = "4"  # raised when the drawing itself changes
 
 # Operators in the README's order; those with rows in variants.json have compiled CUDA kernels.
 BITS_OPS = ("pack_block_bits", "unpack_block_bits", "block_bits_from_indices")
@@ -79,9 +79,9 @@ def figure_digest(record: dict) -> str:
     return hashlib.sha256((DRAWING + json.dumps(data, sort_keys=True)).encode()).hexdigest()
 
 
-def figure_path(theme: Theme) -> Path:
-    """docs/img/speed_light.svg and speed_dark.svg."""
-    return IMAGES / f"speed_{theme.name}.svg"
+def figure_path(name: str, theme: Theme) -> Path:
+    """docs/img/NAME_light.svg and NAME_dark.svg."""
+    return IMAGES / f"{name}_{theme.name}.svg"
 
 
 def series(rows: list[dict], block: tuple[int, int]) -> dict[str, list[tuple[float, float]]]:
@@ -119,8 +119,8 @@ def _label_heights(values: dict[str, float], gap: float) -> dict[str, float]:
     }
 
 
-def draw(record: dict, theme: Theme, path: Path) -> None:
-    """Two panels (64x64 and 128x128 blocks): TFLOP/s of kept work over density, at 32k."""
+def draw(name: str, record: dict, theme: Theme, path: Path) -> None:
+    """A figure of FIGURES into a file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,27 +136,44 @@ def draw(record: dict, theme: Theme, path: Path) -> None:
         "ytick.color": theme.ink,
     }
     with plt.rc_context(style):
-        figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.0), sharey=True)
-        panels = [series(record["rows"], block) for block in BLOCKS]
-        top = 1.12 * max(
-            rate for lines in panels for points in lines.values() for _, rate in points
-        )
-        for axis, block, lines in zip(axes, BLOCKS, panels, strict=True):
-            _draw_panel(axis, lines, theme, top)
-            axis.set_title(f"{block[0]}x{block[1]} blocks", loc="left", fontsize=11)
-        axes[0].set_ylabel("TFLOP/s of kept work")
-        figure.suptitle(
-            f"Block-sparse attention forward, {report.length(MIDDLE)} tokens, causal, bf16, "
-            f"32/8 heads of 128: {record['gpu']}, {record['date']}",
-            fontsize=10.5,
-            x=0.01,
-            ha="left",
-        )
+        figure = FIGURES[name](record, theme, plt)
         figure.tight_layout()
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"Date": None, "Description": f"record {figure_digest(record)}"}
         figure.savefig(path, transparent=True, metadata=metadata)
         plt.close(figure)
+
+
+def _draw_speed(record: dict, theme: Theme, plt):
+    """Two panels (64x64 and 128x128 blocks): TFLOP/s of kept work over density, at 32k."""
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.0), sharey=True)
+    panels = [series(record["rows"], block) for block in BLOCKS]
+    top = 1.12 * max(rate for lines in panels for points in lines.values() for _, rate in points)
+    for axis, block, lines in zip(axes, BLOCKS, panels, strict=True):
+        _draw_panel(axis, lines, theme, top)
+        axis.set_title(f"{block[0]}x{block[1]} blocks", loc="left", fontsize=11)
+    axes[0].set_ylabel("TFLOP/s of kept work")
+    _headline(
+        figure,
+        f"Block-sparse attention forward, {report.length(MIDDLE)} tokens, causal, bf16, "
+        f"32/8 heads of 128: {record['gpu']}, {record['date']}",
+    )
+    return figure
+
+
+def _draw_overview(record: dict, theme: Theme, plt):
+    """Speed by length, shares of limits, costs of map and gate (bench.overview)."""
+    figure, axes = plt.subplots(2, 2, figsize=(10.5, 7.2))
+    overview.draw_axes(record, theme, list(axes.flat))
+    _headline(figure, f"Causal, bf16, 32/8 heads of 128: {record['gpu']}, {record['date']}")
+    return figure
+
+
+def _headline(figure, text: str) -> None:
+    figure.suptitle(text, fontsize=10.5, x=0.01, ha="left")
+
+
+FIGURES = {"speed": _draw_speed, "overview": _draw_overview}
 
 
 def _draw_panel(axis, lines: dict, theme: Theme, top: float) -> None:
@@ -320,8 +337,7 @@ def stale(record: dict | None, variants: list[dict]) -> list[str]:
     text = README.read_text()
     if generated_readme(text, record, variants) != text:
         found.append("README.md: a generated table is stale")
-    for theme in THEMES:
-        path = figure_path(theme)
+    for path in (figure_path(name, theme) for name in FIGURES for theme in THEMES):
         drawn = path.read_text() if path.exists() else ""
         if record is not None and figure_digest(record) not in drawn:
             found.append(f"{path.relative_to(ROOT).as_posix()}: drawn from other data")
@@ -340,8 +356,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(found) if found else "README.md and figures show the present data.")
         return 1 if found else 0
     if record is not None:
-        for theme in THEMES:
-            draw(record, theme, figure_path(theme))
+        for name in FIGURES:
+            for theme in THEMES:
+                draw(name, record, theme, figure_path(name, theme))
     README.write_text(generated_readme(README.read_text(), record, variants))
     return 0
 

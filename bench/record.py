@@ -24,7 +24,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench.cases import all_cases, case_of, newest_family
+from bench.cases import MODELS, all_cases, case_of, model_cases, newest_family
 from bench.source import ROOT, source_hash
 
 RESULTS = ROOT / "bench" / "results"
@@ -151,7 +151,8 @@ def run(options: argparse.Namespace) -> int:
 
     began = time.monotonic()
     record: dict = environment()
-    partial = options.quick or options.only or options.peers is not None
+    shapes = options.models is not None
+    partial = options.quick or options.only or shapes or options.peers is not None
     # The tests and the sanitizer side by side, before anything is timed.
     checks_until = CHECKS_UNTIL * options.limit
     with ThreadPoolExecutor(1) as beside:
@@ -163,6 +164,8 @@ def run(options: argparse.Namespace) -> int:
             record["sanitizer"] = sanitizer.result()
 
     cases = all_cases(record["family"])
+    if shapes:
+        cases = model_cases(record["family"], _models(options.models))
     if options.quick:
         cases = [case for case in cases if case.rows_kv <= 8192]
     if options.only:
@@ -204,6 +207,10 @@ def run(options: argparse.Namespace) -> int:
     return 0 if succeeded(record, missing) else 1
 
 
+def _models(names: str) -> list[str]:
+    return [name for name in names.split(",") if name] or list(MODELS)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -214,6 +221,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only judge the present record")
     parser.add_argument("--sanitize", action="store_true", help="run compute-sanitizer too")
     parser.add_argument("--only", metavar="GLOB", help="cases by name, e.g. '*-32k-64x64-*'")
+    parser.add_argument(
+        "--models",
+        metavar="NAMES",
+        nargs="?",
+        const="",
+        help=f"instead: attention of models at 4k to 256k tokens; some of {', '.join(MODELS)}, "
+        "separated by commas (default: all)",
+    )
     parser.add_argument("--peers", metavar="NAMES", help="only these, e.g. fa3,fa4; '' for none")
     parser.add_argument("--quick", action="store_true", help="short lengths, one round")
     parser.add_argument("--no-tests", action="store_true", help="benchmarks only")
@@ -222,13 +237,18 @@ def main(argv: list[str] | None = None) -> int:
         "--output",
         type=Path,
         help="where to write; without it a run of all parts writes bench/results/<gpu>.json, "
-        "a partial one (--only, --peers, --quick, --no-tests) prints only",
+        "a partial one (--only, --models, --peers, --quick, --no-tests) prints only",
     )
     options = parser.parse_args(argv)
     if options.check:
         sound, text = check_records(list(RESULTS.glob("*.json")), source_hash())
         print(text)
         return 0 if sound else 1
+    if options.models is not None:
+        try:
+            model_cases("", _models(options.models))
+        except ValueError as error:
+            parser.error(str(error))
     return run(options)
 
 

@@ -11,8 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import masks, runner
-from bench.cases import ATTENTION, DENSITIES, Case, all_cases, newest_family
+from bench import masks, record, runner
+from bench.cases import (
+    ATTENTION,
+    DENSITIES,
+    MODELS,
+    Case,
+    all_cases,
+    model_cases,
+    newest_family,
+)
 from bench.problem import Problem, check, exact_row
 from bench.report import OURS
 from bench.runner import run_cases
@@ -53,6 +61,28 @@ def test_portable_cases_repeat_the_headline():
             assert {"sm80" + same, "sm90" + same} <= names
     assert names >= {"sm90-128k-64x64-dense-d1", "sm90-8k-noncausal-64x64-dense-d1"}
     assert names >= {"sm90-32k-hd64-64x64-random-d0.1", "sm90-32k-float16-64x64-random-d0.2"}
+
+
+def test_models_have_dense_and_sparse_cases_of_their_shapes():
+    cases = model_cases("sm90")
+    assert len({case.name for case in cases}) == len(cases)
+    assert {(c.heads_q, c.heads_kv, c.head_dim) for c in cases} == set(MODELS.values())
+    assert {case.rows_q // 1024 for case in cases} == {4, 8, 16, 32, 64, 128, 256}
+    assert all(case.rows_q == case.rows_kv and case.causal for case in cases)
+    one = model_cases("sm80", ["qwen2.5-7b", "qwen2.5-7b"])
+    assert len(one) == 7 * 4 and {case.arch for case in one} == {"sm80"}
+    assert {case.name for case in one} >= {
+        "sm80-4k-h28-4-64x64-dense-d1",
+        "sm80-256k-h28-4-64x64-random-d0.1",
+    }
+    with pytest.raises(ValueError, match=r"--models: expected some of .+, got llama-2\."):
+        model_cases("sm90", ["llama-2"])
+
+
+def test_unknown_models_are_refused_before_anything_runs(capsys):
+    with pytest.raises(SystemExit):
+        record.main(["--models", "llama-2"])
+    assert "expected some of llama-3.1-8b" in capsys.readouterr().err
 
 
 def test_newest_family_has_kernels_for_the_very_gpu(tmp_path, monkeypatch):

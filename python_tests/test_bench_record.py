@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import figures, launch, record, report, runner, timing
+from bench import figures, launch, overview, record, report, runner, timing
 from bench.cases import Case, all_cases, case_of
 from bench.checks import count_tests, sanitizer_errors
 from bench.runner import row_of
@@ -354,13 +354,33 @@ def test_stale_names_what_is_out_of_date(sample, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "ROOT", tmp_path)
     monkeypatch.setattr(figures, "README", readme)
     monkeypatch.setattr(figures, "IMAGES", tmp_path / "docs" / "img")
-    assert len(figures.stale(sample, VARIANTS)) == 3
-    for theme in figures.THEMES:
-        figures.draw(sample, theme, figures.figure_path(theme))
+    assert len(figures.stale(sample, VARIANTS)) == 1 + 2 * 2
+    for name in figures.FIGURES:
+        for theme in figures.THEMES:
+            figures.draw(name, sample, theme, figures.figure_path(name, theme))
     readme.write_text(figures.generated_readme(readme.read_text(), sample, VARIANTS))
     assert figures.stale(sample, VARIANTS) == []
     sample["rows"][1]["ms"] = 11.0
-    assert len(figures.stale(sample, VARIANTS)) == 3
+    assert len(figures.stale(sample, VARIANTS)) == 1 + 2 * 2
+
+
+def test_the_overview_shows_what_the_rows_say(sample):
+    base = sample["rows"][0] | {"peers": {}}
+    pool = {"op": "attn_pool", "pools": "per_token", "ms": 6.0, "dense_ms": 5.0}
+    gate = {"op": "gate_mask", "mask": "threshold", "ms": 0.5, "gbps": 300.0, "copy_gbps": 400.0}
+    rows = [base | pool, base | pool | {"block": [128, 128], "head_dim": 64, "ms": 5.5}]
+    rows += [base | gate | {"peers": {"gate_compile": 2.0}}]
+    length = report.length(base["rows_kv"])
+    assert overview.map_costs(rows) == [
+        (f"{length}, per token", 1.2),
+        (f"{length}, per token, 128x128, head_dim 64", 1.1),
+    ]
+    assert overview.shares({"gpu": "Other GPU", "rows": rows}) == [(f"gate_mask, {length}", 0.75)]
+    times = overview.gate_times(rows)
+    assert times["ours"] == [(base["rows_kv"], 0.5)]
+    assert times["gate_compile"] == [(base["rows_kv"], 2.0)]
+    for points in overview.by_length(sample["rows"]).values():
+        assert points == sorted(points, reverse=True)
 
 
 # ------------------------------------------------------------------------------------------ tools
