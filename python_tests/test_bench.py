@@ -303,6 +303,19 @@ TWO_MS = SimpleNamespace(
 )
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_shapes_of_models_run(model):
+    """Built, computed and checked against float64; 512 rows stand for all lengths."""
+    cases = [
+        dataclasses.replace(case, rows_q=512, rows_kv=512)
+        for case in model_cases("sm80", [model])[:4]
+    ]
+    later, said = time.monotonic() + 120, []
+    results = run_cases(cases, "sm80", [], TWO_MS, Schedule(rounds=1), later, said.append, "cpu")
+    assert results.failures == {} and len(results.rows) == len(said) == 4
+    assert {row["heads_q"] for row in results.rows} == {MODELS[model][0]}
+
+
 def test_a_failing_peer_costs_only_itself():
     case = dataclasses.replace(SMALL, heads_q=2, heads_kv=1, rows_q=256, rows_kv=256)
     peers = [
