@@ -109,7 +109,7 @@ def test_a_calibrated_model_keeps_what_was_asked():
             counts.append((mask.to_dense().sum().item(), mask.heads * blocks * (blocks + 1) // 2))
 
         for window in windows:
-            with _study._choosing(model, look):
+            with _study.choosing(model, look):
                 _study._losses(model, window)
         kept, visible = (sum(column) for column in zip(*counts, strict=True))
         assert one.target - 0.05 < kept / visible <= one.target + 1e-3, one
@@ -132,7 +132,7 @@ def test_points_have_the_density_of_the_sparse_model():
             densities.append(mask.density().mean().item())
             return mask
 
-        with _study._choosing(model, choose):
+        with _study.choosing(model, choose):
             loss = _study._losses(model, window).double().mean().item()
         assert point.loss == pytest.approx(loss, rel=1e-6)
         assert point.kept == pytest.approx(sum(densities) / len(densities), abs=1e-6)

@@ -37,7 +37,7 @@ def points(model, window):
 def prompts(model, window):
     """What every layer's attention is given."""
     seen = []
-    with _study._choosing(model, seen.append):
+    with _study.choosing(model, seen.append):
         _study._losses(model, window)
     return seen
 
@@ -144,7 +144,7 @@ def test_density_one_is_the_dense_model(model, window):
 def test_the_model_is_as_before(model, window):
     assert seer_hf.attached_config(model).mode == "dense"
     before = model(window[None]).logits
-    with pytest.raises(ZeroDivisionError), _study._choosing(model, lambda prompt: 1 / 0):
+    with pytest.raises(ZeroDivisionError), _study.choosing(model, lambda prompt: 1 / 0):
         _study._losses(model, window)
     assert seer_hf.attached_config(model).mode == "dense"
     assert torch.equal(model(window[None]).logits, before)

@@ -86,7 +86,19 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--save-every", type=int, default=25, metavar="N", help="steps")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument(
+        "--cache",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the model computes N windows once, and steps draw from them (default: 0, new ones "
+        "each step)",
+    )
     command.add_argument("--gates", metavar="DIR", help="gates to begin with (default: new ones)")
+    # Left out, they have the defaults of `Distill`.
+    form = {"default": argparse.SUPPRESS}
+    command.add_argument("--gate", **form, help="pooling of new gates (default: Qavg_Kmaxminavg)")
+    command.add_argument("--gate-dim", type=int, **form, metavar="N", help="default: head_dim")
     command.add_argument("--tensorboard", metavar="DIR", help="events for TensorBoard")
     joint = command.add_argument_group("training the model too")
     joint.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from seer_cuda.integrations.transformers._state import (
     LAYER,
     STATE,
     Layer,
+    Prompt,
     State,
     before_attention,
     before_model,
@@ -154,6 +156,24 @@ def observe(model: nn.Module, observer: Callable[[int, BlockMask], None] | None)
         ValueError: no gates.
     """
     state_of(model, "observe").observer = observer
+
+
+@contextmanager
+def choosing(model: nn.Module, choice: Callable[[Prompt], BlockMask | None]) -> Iterator[None]:
+    """The model in sparse mode with another choice of blocks in its gates' place; None: all.
+
+    Raises:
+        ValueError: no gates.
+    """
+    state = state_of(model, "evaluate")
+    mode = state.config.mode
+    configure(model, mode="sparse")
+    state.choice = choice
+    try:
+        yield
+    finally:
+        state.choice = None
+        configure(model, mode=mode)
 
 
 def gate_loss(model: nn.Module) -> Tensor:

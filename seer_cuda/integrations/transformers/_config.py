@@ -74,7 +74,7 @@ class SeerConfig:
             heads_kv,
             head_dim,
             name=self.gate,
-            gate_dim=self.gate_dim or head_dim,
+            gate_dim=head_dim if self.gate_dim is None else self.gate_dim,
             block=self.block,
             force_double=self.force_double,
             rotary_dim=head_dim,

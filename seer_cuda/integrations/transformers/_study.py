@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from seer_cuda import select
 from seer_cuda._timing import median_ms
 from seer_cuda.block_mask import BlockMask
 from seer_cuda.integrations.transformers import _adaptive
-from seer_cuda.integrations.transformers._attach import attached_config, configure, state_of
+from seer_cuda.integrations.transformers._attach import choosing
 from seer_cuda.integrations.transformers._choices import (
     ADAPTIVE,
     BASELINES,
@@ -102,7 +101,7 @@ def measure(
         ValueError: no gates.
     """
     quality = _Quality(wanted, window)
-    with _choosing(model, quality):
+    with choosing(model, quality):
         losses = _losses(model, tokens)
     advance()
     dense = _mean_loss(losses)
@@ -115,7 +114,7 @@ def measure(
             densities.append(mask.density().mean())
             return mask
 
-        with _choosing(model, select_blocks):
+        with choosing(model, select_blocks):
             losses = _losses(model, tokens)
         advance()
         loss, late_loss = _mean_loss(losses)
@@ -154,7 +153,7 @@ def calibrate(
                 tallies[method, rule].add(_adaptive.strengths(rule, own))
 
     for tokens in windows:
-        with _choosing(model, count):
+        with choosing(model, count):
             _losses(model, tokens)
     return [
         Selection(method, rule, tally.value(density), density)
@@ -211,20 +210,6 @@ def _open(density: float, scores: Tensor) -> Tensor:
     row = torch.arange(blocks, device=scores.device)
     choice = row >= select.density_to_k(density, blocks)
     return choice[:, None] & (row[:, None] != row)
-
-
-@contextmanager
-def _choosing(model: nn.Module, choice: Callable[[Prompt], BlockMask | None]) -> Iterator[None]:
-    """The model in sparse mode with another choice of blocks in its gates' place."""
-    state = state_of(model, "evaluate")
-    mode = attached_config(model).mode
-    configure(model, mode="sparse")
-    state.choice = choice
-    try:
-        yield
-    finally:
-        state.choice = None
-        configure(model, mode=mode)
 
 
 @torch.no_grad()
@@ -325,7 +310,7 @@ def layer_times(
             own = dict(zip(names, times, strict=True))
             rows.append({"layer": prompt.layer, "density": density} | own)
 
-    with _choosing(model, time_layer):
+    with choosing(model, time_layer):
         _losses(model, tokens)
     return rows
 
@@ -358,7 +343,7 @@ def example(model: nn.Module, tokens: Tensor, density: float) -> Example:
             pooled = true_map(prompt, "max").cpu()
             found[:] = [(gain.item(), Example(prompt.layer, density, gate.to("cpu"), pooled))]
 
-    with _choosing(model, look):
+    with choosing(model, look):
         _losses(model, tokens)
     return found[0][1]
 

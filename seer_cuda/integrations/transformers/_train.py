@@ -29,6 +29,7 @@ from seer_cuda.integrations.transformers._files import WEIGHTS, load_gates, save
 from seer_cuda.integrations.transformers._lm import keep_less, lm_loss, save_model
 from seer_cuda.integrations.transformers._log import Log, check_tensorboard
 from seer_cuda.integrations.transformers._ranks import Ranks, joined
+from seer_cuda.integrations.transformers._windows import KeptWindows
 from seer_cuda.select import Rule
 
 LOG, MODEL = "log.csv", "model"
@@ -43,7 +44,10 @@ class Distill:
     losses.
 
     Attributes:
+        cache: Windows that the model computes once and steps draw from; 0: every step has new
+            ones.
         gates: A folder with gates to begin with; None: new ones.
+        gate, gate_dim: Form of new ones, as in `SeerConfig`.
         train_all: Train the model too, on its own loss plus gate_scale times the gates'.
         model_lr: The model's rate; lr is the gates'.
         checkpointing: Keep a layer's input only and compute the layer again in backward.
@@ -62,7 +66,10 @@ class Distill:
     seed: int = 0
     save_every: int = 25
     device: str = "auto"
+    cache: int = 0
     gates: str | None = None
+    gate: str = SeerConfig.gate
+    gate_dim: int | None = None
     train_all: bool = False
     model_lr: float = 1e-5
     gate_scale: float = LOSS_SCALE
@@ -80,6 +87,18 @@ class Distill:
                 )
             if not (value >= 0 and math.isfinite(value)):
                 raise RunError(f"{option(name)}: expected a finite number >= 0, got {value}.")
+        if self.train_all and self.cache:
+            raise RunError(
+                f"--cache: expected none with --train-all, got {self.cache}. A model that trains "
+                "computes every window anew."
+            )
+        if self.cache < 0:
+            raise RunError(f"--cache: expected at least 0, got {self.cache}.")
+        if self.gates is not None and (self.gate, self.gate_dim) != (SeerConfig.gate, None):
+            raise RunError(
+                "--gate, --gate-dim: expected none with --gates, got one. Gates in a folder have "
+                "their form."
+            )
         for name in ("context", "batch", "accumulate", "steps", "save_every"):
             if getattr(self, name) < 1:
                 raise RunError(f"{option(name)}: expected at least 1, got {getattr(self, name)}.")
@@ -136,6 +155,11 @@ def _run(options: Distill, folder: Path, ranks: Ranks) -> Path:
             f"{options.accumulate}. Each takes its share of a step's batches."
         )
     dtype = torch.float32 if options.train_all else None
+    if options.cache and ranks.count > 1:
+        raise RunError(
+            f"--cache: expected one process with it, got {ranks.count}. Start without torchrun: a "
+            "step takes little time then."
+        )
     model, tokenizer = open_model(options.model, options.device, dtype)
     corpus = load(Path(options.text), tokenizer)
     own = dict(model.named_parameters()) if options.train_all else {}
@@ -162,8 +186,11 @@ def _run(options: Distill, folder: Path, ranks: Ranks) -> Path:
         log = Log(folder / LOG, columns, begin, options.steps, options.tensorboard)
     began = time.monotonic() - (log.seconds if log else 0.0)
     try:
+        kept = None
+        if options.cache and begin < options.steps:
+            kept = _keep_windows(model, corpus, options)
         for step in range(begin, options.steps):
-            losses = _step(model, corpus, options, step, weights, ranks)
+            losses = _step(model, corpus, options, step, weights, ranks, kept)
             norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
             _check_finite("gradient", norm, step, options)
             rates = {name: rate * schedule(step, options) for name, rate in options.peaks.items()}
@@ -194,7 +221,11 @@ def _put_gates(model: nn.Module, options: Distill) -> None:
             reason = error.args[0] if isinstance(error, KeyError) else error
             raise RunError(f"--gates: expected gates of this model, got: {reason}") from error
         return
-    attach(model, SeerConfig(mode), dtype=torch.float32)
+    try:
+        config = SeerConfig(mode, gate=options.gate, gate_dim=options.gate_dim)
+        attach(model, config, dtype=torch.float32)
+    except ValueError as error:
+        raise RunError(f"--gate, --gate-dim: {error}") from error
     torch.manual_seed(options.seed)
     for gate in gates(model):
         for module in gate.children():
@@ -208,14 +239,18 @@ def _step(
     step: int,
     weights: list[nn.Parameter],
     ranks: Ranks,
+    kept: KeptWindows | None,
 ) -> dict[str, float]:
     """Gradients of one step; its mean losses, read once."""
     count = options.batch * options.accumulate
-    device = weights[0].device
-    windows = corpus.sample(count, options.context, options.seed, step).to(device)
+    if kept is None:
+        device = weights[0].device
+        windows = corpus.sample(count, options.context, options.seed, step).to(device)
+    else:
+        windows = kept.order(count, options.seed, step)
     totals: dict[str, Tensor] = {}
     for part in ranks.own(windows.split(options.batch)):
-        losses = _losses(model, part, options)
+        losses = _losses(model, part, options) if kept is None else {"loss": kept.loss(part)}
         (losses["loss"] / options.accumulate).backward()
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0) + loss.detach() / options.accumulate
@@ -224,6 +259,14 @@ def _step(
     values = {name: total.item() for name, total in totals.items()}
     _check_finite("loss", values["loss"], step, options)
     return values
+
+
+def _keep_windows(model: nn.Module, corpus: Corpus, options: Distill) -> KeptWindows:
+    """The windows of a run that draws from some: the same whenever it goes on."""
+    print(f"{options.cache} windows go through the model once", flush=True)
+    each = range(options.cache)
+    windows = (corpus.sample(1, options.context, options.seed, at) for at in each)
+    return KeptWindows(model, windows, options.cache)
 
 
 def _losses(model: nn.Module, ids: Tensor, options: Distill) -> dict[str, Tensor]:
