@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from bench.cases import Case
 from bench.problem import Problem
@@ -81,6 +82,23 @@ def launch_cost(launch: Launch) -> dict[str, float]:
     return {name: round(value, 2) for name, value in costs.items()}
 
 
+def yardsticks() -> dict[str, Launch]:
+    """What torch itself takes on this host: its smallest op, and its attention of a tiny prompt.
+
+    Host and synchronisation have a floor that differs between machines by more than ops do.
+    """
+    counter = torch.zeros(64, device="cuda")
+    tiny = PROBLEMS["tiny"]
+    x = torch.ones(
+        1, tiny.heads_q, tiny.rows_q, tiny.head_dim, device="cuda", dtype=torch.bfloat16
+    )
+    return {
+        "torch add_": lambda: counter.add_(1),
+        "torch attention": lambda: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    }
+
+
 def launch_costs() -> dict[str, dict[str, float]]:
-    """launch_cost of our call for every problem of PROBLEMS."""
-    return {name: launch_cost(ours(Problem.build(case))) for name, case in PROBLEMS.items()}
+    """launch_cost of our call for every problem of PROBLEMS, and of the `yardsticks`."""
+    launches = {name: ours(Problem.build(case)) for name, case in PROBLEMS.items()}
+    return {name: launch_cost(launch) for name, launch in (launches | yardsticks()).items()}

@@ -399,7 +399,11 @@ def made_up_result():
             "head_dim": 64,
             "layers": 8,
             "context": 32768,
+            "gate": "Qmax_Kmaxavg",
+            "gate_dim": 32,
+            "cache": 7,
             "distil_batch": 8,
+            "distil_lr": 0.005,
             "validation_windows": 4,
             "phases": [[2048, 0.5], [8192, 0.5]],
         },
@@ -444,7 +448,8 @@ def test_the_page_is_made_of_the_result(tmp_path, monkeypatch):
     assert "| 10% | threshold 0.002 | 10.0% | **1.0100" in text
     assert "| 10% | top-p 0.998 | 10.0% | **1.0100" in text
     assert "| random | -1.00 +- 0.10 (2/2) |" in text
-    assert "Measured 2025-12-31:" in text and "- Another form of gate, `Qmax_Kmax`: 4 steps" in text
+    assert "Measured 2025-12-31:" in text and "- Another form of gate, `Qmax_Kmax` with" in text
+    assert "- Gates: `Qmax_Kmaxavg` with 32 channels, 1 seeds; each has 7 windows" in text
     assert "| m | 32k | gates, 10.0% kept | 50 | 10 | 60% | 2.00x | 6.00x |" in text
     assert page.generated(text, made_up_result()) == text
     monkeypatch.setattr(page, "IMAGES", tmp_path)

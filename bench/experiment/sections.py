@@ -54,12 +54,14 @@ def setup(result: dict[str, Any]) -> str:
             f"- Training: {train['steps']} steps, {_millions(train['tokens'])} tokens in "
             f"{train['seconds'] / 60:.1f} minutes on one {result['gpu']} (torch "
             f"{result['torch']}, {result['date']}); of the time {phases} tokens a window.",
-            f"- Gates: {len(distil)} seeds, each {distil[0]['steps']} steps of "
-            f"{settings['distil_batch']} windows of {settings['context']} tokens "
-            f"({_millions(distil[0]['tokens'])} tokens) in "
+            f"- Gates: `{settings['gate']}` with {settings['gate_dim']} channels, {len(distil)} "
+            f"seeds; each has {settings['cache']} windows of {settings['context']} tokens that "
+            f"the model computes once, and {distil[0]['steps']} steps of "
+            f"{settings['distil_batch']} of them at a rate of {settings['distil_lr']:g}, in "
             f"{' / '.join(str(round(one['seconds'])) for one in distil)} s.",
             *(
-                f"- Another form of gate, `{name}`: {own['steps']} steps in {own['seconds']:.0f} s."
+                f"- Another form of gate, `{name}` with {settings['head_dim']} channels: "
+                f"{own['steps']} steps in {own['seconds']:.0f} s."
                 for name, own in result["variants"].items()
             ),
             f"- Evaluation: {windows} held-out windows of {settings['context']} tokens; adaptive "

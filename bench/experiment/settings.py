@@ -19,9 +19,11 @@ class Settings:
         package_bytes: Smallest and largest package that may be held out.
         context: Tokens of the windows of distillation and evaluation.
         phases: (context, share of the training time); step_tokens tokens per step in all.
-        distil_steps, distil_batch: Of each seed.
+        gate, gate_dim: Form of the gates (`seer_cuda.gate.GATE_NAMES`) and their channels.
+        cache: Windows that the model computes once for the gates of a seed.
+        distil_steps, distil_batch, distil_lr: Of each seed, on these windows.
         windows: Held-out windows of the evaluation.
-        variants: Other forms of gate (`seer_cuda.gate.GATE_NAMES`), of the first seed alone.
+        variants: Other forms of gate, with head_dim channels, of the first seed alone.
         validation_windows: Those that adaptive rules are calibrated and chosen on.
     """
 
@@ -46,9 +48,13 @@ class Settings:
     compile: bool = True
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    distil_steps: int = 250
+    gate: str = "Qmaxminavg_Kmaxminavg"
+    gate_dim: int = 128
+    cache: int = 1000
+    distil_steps: int = 2000
     distil_batch: int = 8
-    variants: tuple[str, ...] = ("Qmaxminavg_Kmaxminavg",)
+    distil_lr: float = 5e-3
+    variants: tuple[str, ...] = ("Qavg_Kmaxminavg",)
 
     windows: int = 32
     validation_windows: int = 4
@@ -73,6 +79,7 @@ TINY = Settings(
     minutes=0.05,
     compile=False,
     seeds=(0, 1),
+    cache=3,
     distil_steps=4,
     distil_batch=2,
     windows=2,
