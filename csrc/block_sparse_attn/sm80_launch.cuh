@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "block_sparse_attn/score_scale.h"
 #include "block_sparse_attn/sm80_kernel.cuh"
 #include "block_sparse_attn/variant.h"
 #include "common/shared_memory_limit.cuh"
@@ -13,7 +14,6 @@
 namespace seer {
 
 inline Sm80Params to_sm80_params(const BlockSparseAttnParams& params) {
-  constexpr double kLog2E = 1.4426950408889634;
   Sm80Params p{};
   p.q = static_cast<const uint16_t*>(params.q.data);
   p.k = static_cast<const uint16_t*>(params.k.data);
@@ -51,12 +51,9 @@ inline Sm80Params to_sm80_params(const BlockSparseAttnParams& params) {
   p.heads_per_bits = params.heads_q / params.block_bits.heads;
   p.two_tiles_per_block = params.block_kv == 128;
   p.causal = params.causal;
-  // Scale 0 gives equal weights; a tiny factor does too, and keeps masked scores at -inf * factor
-  // = -inf where 0 would make them NaN.
-  const double magnitude = params.scale < 0 ? -params.scale : params.scale;
-  p.scale_log2 = static_cast<float>(magnitude * kLog2E);
-  if (p.scale_log2 < 1e-30f) p.scale_log2 = 1e-30f;
-  p.score_sign = params.scale < 0 ? -1.0f : 1.0f;
+  const ScoreScale scale = score_scale(params.scale);
+  p.scale_log2 = scale.log2;
+  p.score_sign = scale.sign;
   return p;
 }
 

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "block_sparse_attn/score_scale.h"
 #include "block_sparse_attn/sm90_kernel.cuh"
 #include "block_sparse_attn/variant.h"
 #include "common/shared_memory_limit.cuh"
@@ -115,7 +116,6 @@ struct Sm90Device {
 
 inline cudaError_t to_sm90_params(const BlockSparseAttnParams& params, int cache_bytes,
                                   Sm90Params* result) {
-  constexpr double kLog2E = 1.4426950408889634;
   Sm90Params& p = *result;
   const bool packed = params.cu_seqlens_q != nullptr;
   const int64_t rows_q = packed ? params.total_q : params.rows_q;
@@ -159,11 +159,9 @@ inline cudaError_t to_sm90_params(const BlockSparseAttnParams& params, int cache
   p.wide_q = params.block_q == 128;
   p.wide_kv = params.block_kv == 128;
   p.causal = params.causal;
-  // Scale 0 gives equal weights; a tiny factor does too, and keeps masked scores at -inf * factor
-  // = -inf where 0 would make them NaN.
-  const double magnitude = params.scale < 0 ? -params.scale : params.scale;
-  p.scale_log2 = std::max(static_cast<float>(magnitude * kLog2E), 1e-30f);
-  p.score_sign = params.scale < 0 ? -1.0f : 1.0f;
+  const ScoreScale scale = score_scale(params.scale);
+  p.scale_log2 = scale.log2;
+  p.score_sign = scale.sign;
   return cudaSuccess;
 }
 

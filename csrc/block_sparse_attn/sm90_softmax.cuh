@@ -145,19 +145,13 @@ class Sm90Softmax {
 
   // Adds the quad's shares of the sums together.
   __device__ __forceinline__ void finish() {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
-      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
-    }
+    sum[0] = quad_sum(sum[0]);
+    sum[1] = quad_sum(sum[1]);
   }
   __device__ __forceinline__ float lse(int half) const {
-    constexpr float kLn2 = 0.693147180559945309f;
-    return sum[half] == 0.0f ? -INFINITY : (reference[half] + log2f(sum[half])) * kLn2;
+    return lse_of(reference[half], sum[half]);
   }
-  __device__ __forceinline__ float inverse_sum(int half) const {
-    return sum[half] == 0.0f ? 0.0f : reciprocal_fast(sum[half]);
-  }
+  __device__ __forceinline__ float inverse_sum(int half) const { return inverse_of(sum[half]); }
   // What the weights of a row are relative to at present.
   __device__ __forceinline__ const float (&references() const)[2] { return reference; }
   // Of the weights of a row: after finish(), all of it.
@@ -175,10 +169,9 @@ class Sm90Softmax {
     float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float row = added[half];
-      row += __shfl_xor_sync(0xffffffffu, row, 1);
-      row += __shfl_xor_sync(0xffffffffu, row, 2);
-      const float lifted = row > kLiftAbove ? reference[half] + floorf(log2f(row)) : reference[half];
+      const float row = quad_sum(added[half]);
+      const float rise = row > kLiftAbove ? floorf(log2f(row)) : 0.0f;
+      const float lifted = reference[half] + rise;
       // Taken from what the reference really became: its sum may have been rounded.
       factor[half] = exp2_fast(reference[half] - lifted);
       reference[half] = lifted;

@@ -31,6 +31,23 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
+// A row's sum over the quad of lanes that share it.
+__device__ __forceinline__ float quad_sum(float share) {
+  share += __shfl_xor_sync(0xffffffffu, share, 1);
+  return share + __shfl_xor_sync(0xffffffffu, share, 2);
+}
+
+// Natural log of the sum of exponentials of a row's scaled scores; -inf for an empty row.
+__device__ __forceinline__ float lse_of(float reference, float sum) {
+  constexpr float kLn2 = 0.693147180559945309f;
+  return sum == 0.0f ? -INFINITY : (reference + log2f(sum)) * kLn2;
+}
+
+// 1 / sum, and 0 for an empty row.
+__device__ __forceinline__ float inverse_of(float sum) {
+  return sum == 0.0f ? 0.0f : reciprocal_fast(sum);
+}
+
 // The rows of a lane: row i of the warp's accumulators is spread over the four lanes of a quad.
 template <int kRows>
 struct OnlineSoftmax {
@@ -83,22 +100,11 @@ struct OnlineSoftmax {
   // Adds the quad's shares together; afterwards every lane of the quad holds the row's sum.
   __device__ __forceinline__ void finish() {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
-      sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
-    }
+    for (int i = 0; i < kRows; ++i) sum[i] = quad_sum(sum[i]);
   }
 
-  // Natural log of the sum of exponentials of the scaled scores; -inf for an empty row.
-  __device__ __forceinline__ float lse(int i) const {
-    constexpr float kLn2 = 0.693147180559945309f;
-    return sum[i] == 0.0f ? -INFINITY : (reference[i] + log2f(sum[i])) * kLn2;
-  }
-
-  // 1 / sum, and 0 for an empty row.
-  __device__ __forceinline__ float inverse_sum(int i) const {
-    return sum[i] == 0.0f ? 0.0f : reciprocal_fast(sum[i]);
-  }
+  __device__ __forceinline__ float lse(int i) const { return lse_of(reference[i], sum[i]); }
+  __device__ __forceinline__ float inverse_sum(int i) const { return inverse_of(sum[i]); }
 };
 
 }  // namespace seer::dev
