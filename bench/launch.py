@@ -89,9 +89,7 @@ def yardsticks() -> dict[str, Launch]:
     """
     counter = torch.zeros(64, device="cuda")
     tiny = PROBLEMS["tiny"]
-    x = torch.ones(
-        1, tiny.heads_q, tiny.rows_q, tiny.head_dim, device="cuda", dtype=torch.bfloat16
-    )
+    x = torch.ones(1, tiny.heads_q, tiny.rows_q, tiny.head_dim, device="cuda", dtype=torch.bfloat16)
     return {
         "torch add_": lambda: counter.add_(1),
         "torch attention": lambda: F.scaled_dot_product_attention(x, x, x, is_causal=True),

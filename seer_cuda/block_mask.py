@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from seer_cuda._block_lists import dense_to_indices
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
@@ -79,11 +81,8 @@ class BlockMask:
                 raise ValueError(_text(name, "a positive number of rows", size, "Use 64 or 128."))
         if (self.cu_seqlens_q is None) != (self.cu_seqlens_kv is None):
             missing = "cu_seqlens_q" if self.cu_seqlens_q is None else "cu_seqlens_kv"
-            raise ValueError(
-                _text(
-                    missing, "both cu_seqlens or neither", None, "Pass both for packed sequences."
-                )
-            )
+            remedy = "Pass both for packed sequences."
+            raise ValueError(_text(missing, "both cu_seqlens or neither", None, remedy))
 
     # ------------------------------------------------------------------------------ shape
 
@@ -382,17 +381,6 @@ class BlockMask:
                 if high - low >= 5e-4:
                     size += f" ({low:.3f} to {high:.3f} by head)"
         return f"BlockMask({size}, device={self.device})"
-
-
-def dense_to_indices(dense: Tensor) -> tuple[Tensor, Tensor]:
-    """bool ``[..., n]`` to int32 lists ``[..., n]`` (ascending, tail 0) and counts ``[...]``."""
-    n = dense.shape[-1]
-    counts = dense.sum(-1, dtype=torch.int32)
-    # Kept entries go to their rank, all others to one column more, which is cut off.
-    rank = dense.cumsum(-1, dtype=torch.int64).sub_(1).masked_fill_(~dense, n)
-    column = torch.arange(n, dtype=torch.int32, device=dense.device).expand(dense.shape)
-    lists = column.new_zeros((*dense.shape[:-1], n + 1)).scatter_(-1, rank, column)
-    return lists[..., :n].contiguous(), counts
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

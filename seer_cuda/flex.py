@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from seer_cuda.block_mask import BITS_PER_WORD, BlockMask, dense_to_indices
+from seer_cuda._block_lists import dense_to_indices
+from seer_cuda.block_mask import BITS_PER_WORD, BlockMask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
