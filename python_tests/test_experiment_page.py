@@ -3,6 +3,8 @@
 
 import pytest
 
+pytest.importorskip("transformers")
+
 from bench.experiment import page
 from seer_cuda.integrations.transformers import _study
 

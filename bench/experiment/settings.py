@@ -50,7 +50,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     gate: str = "Qmaxminavg_Kmaxminavg"
     gate_dim: int = 128
-    cache: int = 1000
+    cache: int = 800
     distil_steps: int = 2000
     distil_batch: int = 8
     distil_lr: float = 5e-3
