@@ -56,7 +56,7 @@ class Settings:
     distil_lr: float = 5e-3
     variants: tuple[str, ...] = ("Qavg_Kmaxminavg",)
 
-    windows: int = 32
+    windows: int = 20
     validation_windows: int = 4
     densities: tuple[float, ...] = DENSITIES
 
