@@ -50,8 +50,8 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     gate: str = "Qmaxminavg_Kmaxminavg"
     gate_dim: int = 128
-    cache: int = 800
-    distil_steps: int = 2000
+    cache: int = 1000
+    distil_steps: int = 4000
     distil_batch: int = 8
     distil_lr: float = 5e-3
     variants: tuple[str, ...] = ("Qavg_Kmaxminavg",)
