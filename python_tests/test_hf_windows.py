@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hf_models import FAMILIES, attached
+from hf_models import FAMILIES, attached, make_model
 from hf_runs import distill, make_folders, rows
 
 from seer_cuda import cli
@@ -51,6 +51,22 @@ def test_the_loss_is_that_of_the_models_call(family, form):
         pairs = zip(gradients(model, found), gradients(model, wanted), strict=True)
         for ours, theirs in pairs:
             assert (ours - theirs).norm() <= 2**-9 * theirs.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())) or "own")
+def test_the_loss_on_a_gpu(form):
+    """Averages are rounded to bf16 once more than in one step, embeddings as often."""
+    model = make_model("llama").to("cuda", torch.bfloat16)
+    torch.manual_seed(5)
+    seer_hf.attach(model, seer_hf.SeerConfig("distilling", **form), dtype=torch.float32)
+    ids = torch.randint(1, 97, (2, 700), generator=torch.Generator().manual_seed(3))
+    kept = _windows.KeptWindows(model, ids.split(1), 2)
+    model(ids.cuda(), use_cache=False)
+    wanted, found = seer_hf.gate_loss(model), kept.loss(torch.tensor([1, 0]))
+    assert found.item() == pytest.approx(wanted.item(), rel=2**-8)
+    for ours, theirs in zip(gradients(model, found), gradients(model, wanted), strict=True):
+        assert (ours - theirs).norm() <= 2**-6 * theirs.norm()
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 100])
