@@ -64,9 +64,9 @@ def test_the_loss_on_a_gpu(form):
     kept = _windows.KeptWindows(model, ids.split(1), 2)
     model(ids.cuda(), use_cache=False)
     wanted, found = seer_hf.gate_loss(model), kept.loss(torch.tensor([1, 0]))
-    assert found.item() == pytest.approx(wanted.item(), rel=2**-8)
+    assert found.item() == pytest.approx(wanted.item(), rel=2**-11)
     for ours, theirs in zip(gradients(model, found), gradients(model, wanted), strict=True):
-        assert (ours - theirs).norm() <= 2**-6 * theirs.norm()
+        assert (ours - theirs).norm() <= 2**-7 * theirs.norm()
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 100])
