@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seer_cuda import _gate_math
+from seer_cuda._attn_math import accumulation_dtype
 from seer_cuda._gate_pooling import pool_blocks
 from seer_cuda.gate import AttnGate
 
@@ -46,20 +47,25 @@ def embed_pooled(gate: AttnGate, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     config = gate.config
     rows = config.block * q.shape[1]
     tables = gate.rope_tables(torch.arange(rows, device=q.device))
-    # A pooled block is a token to the projection; where a norm stands before RoPE, that comes last.
-    fused = (None, None) if config.qk_norm else tables
-    weights = (
-        None if config.single_linear else gate.mask_linear_q.weight.to(q.dtype),
-        gate.mask_linear_k.weight.to(k.dtype),
+    q_weight = None if config.single_linear else gate.mask_linear_q.weight
+    if not config.qk_norm:
+        return (_project(q, q_weight, *tables), _project(k, gate.mask_linear_k.weight, *tables))
+    eps, norms = config.norm_eps, (gate.attngate_qnorm.weight, gate.attngate_knorm.weight)
+    plain = _project(q, q_weight), _project(k, gate.mask_linear_k.weight)
+    return (
+        _gate_math.norm_rotate(plain[0], norms[0], eps, *tables),
+        _gate_math.norm_rotate(plain[1], norms[1], eps, *tables),
     )
-    found = [
-        _gate_math.pool_gate(x, weight, *fused, block=1)
-        for x, weight in zip((q, k), weights, strict=True)
-    ]
-    if config.qk_norm:
-        norms = gate.attngate_qnorm.weight, gate.attngate_knorm.weight
-        found = [
-            _gate_math.norm_rotate(y, norm, config.norm_eps, *tables)
-            for y, norm in zip(found, norms, strict=True)
-        ]
-    return found[0], found[1]
+
+
+def _project(
+    x: Tensor, weight: Tensor | None, cos: Tensor | None = None, sin: Tensor | None = None
+) -> Tensor:
+    """Projected and turned in fp32 with a weight rounded to x's dtype, as in `pool_gate`."""
+    y = x.to(accumulation_dtype(x.dtype))
+    if weight is not None:
+        by_head = weight.to(x.dtype).to(y.dtype).unflatten(0, (x.shape[2], -1))
+        y = torch.einsum("bnhc,hgcd->bnhgd", y, by_head).flatten(2, 3)
+    if cos is not None:
+        y = _gate_math.rotate(y, cos, sin)
+    return y.to(x.dtype)
