@@ -119,16 +119,18 @@ class Scheduler {
       current().flags |= Sm90Page::kFirst;
     }
     __syncwarp();
-    int tiles = 0;
-    if (lane < Traits::kConsumers) {
-      const Sm90Unit unit = TileOrder<Traits>::unit(p, current(), tile_of_head, lane);
-      tiles = unit.tiles;
-      current().units[lane] = unit;
-    }
-    __syncwarp();
+    const int consumer = min(lane, Traits::kConsumers - 1);
+    const Sm90Unit unit = TileOrder<Traits>::unit(p, place, tile_of_head, consumer);
+    if (lane < Traits::kConsumers) current().units[lane] = unit;
+    tiles = unit.tiles;
+    row = p.bits + place.batch * p.bits_batch_stride +
+          p.by.heads_per_bits.quotient(unit.head) * p.bits_head_stride +
+          (unit.first_row >> (p.wide_q ? 7 : 6)) * p.bits_row_stride;
     const int longest = static_cast<int>(__reduce_max_sync(kFullWarp, tiles));
     filled = kNoPage;
-    for (int first = 0; first < longest; first += Order::kTiles) stream_window(first);
+    for (int first = 0; first < longest; first += Order::kTiles) {
+      stream_window(first, longest - first);
+    }
     if (filled == kNoPage) open_page();  // a tile that keeps nothing has a page too
     close_page(Sm90Page::kLast);
   }
@@ -158,55 +160,67 @@ class Scheduler {
     publish_page();
   }
 
-  // The bits of 8 KV tiles from `first` on of consumer `i`, cut to what it sees.
-  __device__ __forceinline__ uint32_t unit_bits(int i, int first) {
-    const Sm90Unit& unit = current().units[i];
-    const int left = unit.tiles - first;
-    if (left <= 0) return 0;
-    uint32_t bits = 0xff;
-    if (p.bits != nullptr) {
-      const int block = unit.first_row / (p.wide_q ? 128 : 64);
-      const uint32_t* const row = p.bits + current().batch * p.bits_batch_stride +
-                                  unit.head / p.heads_per_bits * p.bits_head_stride +
-                                  block * p.bits_row_stride;
-      const int bit = p.wide_kv ? first / 2 : first;
-      bits = row[bit / 32] >> bit % 32;
-      bits = p.wide_kv ? double_nibble(bits & 0xf) : bits & 0xff;
+  // The bits of the lane's `width` KV tiles from `first` on of every consumer, cut to what it sees.
+  // All three loads are under way at the same time.
+  __device__ __forceinline__ void window_bits(int first, int width, uint32_t (&bits)[3]) const {
+    const int bit = p.wide_kv ? first / 2 : first;
+    int visible[Traits::kConsumers];
+#pragma unroll
+    for (int i = 0; i < Traits::kConsumers; ++i) {
+      visible[i] = min(max(__shfl_sync(kFullWarp, tiles, i) - first, 0), width);
+      const auto address = __shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(row), i);
+      bits[i] = ~0u;
+      if (p.bits != nullptr && visible[i] > 0) {
+        bits[i] = __ldg(reinterpret_cast<const uint32_t*>(address) + bit / 32);
+      }
     }
-    return left >= 8 ? bits : bits & ((1u << left) - 1);
+#pragma unroll
+    for (int i = 0; i < Traits::kConsumers; ++i) {
+      bits[i] >>= bit % 32;
+      if (p.wide_kv) bits[i] = double_nibble(bits[i] & 0xf);
+      bits[i] &= (1u << visible[i]) - 1;
+    }
   }
 
-  // Appends the KV tiles from `first_tile` on to the tile's pages.
-  __device__ __forceinline__ void stream_window(int first_tile) {
-    first_tile += 8 * lane_id();
+  // Appends the KV tiles from `first_tile` on, `left` but at most a window, to the tile's pages.
+  __device__ __forceinline__ void stream_window(int first_tile, int left) {
+    const int width = left > 128 ? 8 : left > 64 ? 4 : left > 32 ? 2 : 1;
+    first_tile += width * lane_id();
+    uint32_t bits[Traits::kConsumers];
+    window_bits(first_tile, width, bits);
     Order order;
-    order.sort(unit_bits(0, first_tile), unit_bits(1, first_tile), unit_bits(2, first_tile));
+    order.sort(bits[0], bits[1], bits[2]);
     int first = 0;  // in the window's order
     while (first < order.entries) {
       if (filled == Traits::kPageEntries) close_page(0);
       if (filled == kNoPage) open_page();
       const int count = min(order.entries - first, Traits::kPageEntries - filled);
-      write_entries(order, first_tile, first, count);
+      write_entries(order, first_tile, width, first, count);
       first += count;
       filled += count;
     }
   }
 
   // Appends `count` entries of the window's order, from `first` on, to the page.
-  __device__ __forceinline__ void write_entries(const Order& order, int first_tile, int first,
-                                                int count) {
-    const SmemAddress end =
-        base + Traits::kSmemEntries + (index * Traits::kPageEntries + filled) * 4;
-#pragma unroll 2
-    for (int bit = 0; bit < 8; ++bit) {
-      const int owners = order.owners(bit);
-      const int at = order.place(bit, owners) - first;
-      if (owners != 0 && static_cast<unsigned>(at) < static_cast<unsigned>(count)) {
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(end + 4 * at),
-                     "r"((first_tile + bit) | owners << kOwnersShift)
-                     : "memory");
-      }
-    }
+  __device__ __forceinline__ void write_entries(const Order& order, int first_tile, int width,
+                                                int first, int count) const {
+    SmemAddress begin =
+        base + Traits::kSmemEntries + (index * Traits::kPageEntries + filled - first) * 4;
+    // One address for the compiler, and not a sum to be worked out for every entry.
+    asm volatile("" : "+r"(begin));
+    order.each(width, [&](int tile, int owners, int place) {
+      const bool here =
+          owners != 0 && static_cast<unsigned>(place - first) < static_cast<unsigned>(count);
+      // Without a branch, so that the tiles of a lane are placed at the same time.
+      asm volatile(
+          "{\n"
+          ".reg .pred here;\n"
+          "setp.ne.u32 here, %2, 0;\n"
+          "@here st.shared.u32 [%0], %1;\n"
+          "}\n" ::"r"(begin + 4 * place),
+          "r"((first_tile + tile) | owners << kOwnersShift), "r"(static_cast<int>(here))
+          : "memory");
+    });
   }
 
   const Sm90Params& p;
@@ -216,6 +230,9 @@ class Scheduler {
   int marked = 0;        // tiles to be done again
   int slot = 0;          // of the page's first entry, modulo kStagesK * kStagesV
   int filled = kNoPage;  // entries of the open page
+  // Of the unit of consumer `lane`: KV tiles that it sees, and its row of bits.
+  int tiles = 0;
+  const uint32_t* row = nullptr;
 };
 
 }  // namespace seer::dev
