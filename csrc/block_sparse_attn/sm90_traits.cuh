@@ -107,7 +107,8 @@ struct Sm90Traits {
   static constexpr int kSmemCurrent = kSmemEntries + kPages * kPageEntries * 4;
   static constexpr int kSmemPending = kSmemCurrent + int(sizeof(Sm90Page));
   static constexpr int kSmemSearch = kSmemPending + kPages * kPendingBytes;
-  static constexpr int kSmemBarriers = kSmemSearch + int(sizeof(Sm90Search));
+  static constexpr int kSmemRows = kSmemSearch + int(sizeof(Sm90Search));
+  static constexpr int kSmemBarriers = kSmemRows + kConsumers * int(sizeof(const uint32_t*));
   static constexpr int kFullK = kSmemBarriers;  // [owner set - 1][kBarriersPerSet]
   static constexpr int kFullV = kFullK + 8 * kOwnerSets * kBarriersPerSet;
   static constexpr int kEmptyK = kFullV + 8 * kOwnerSets * kBarriersPerSet;  // [stage]
