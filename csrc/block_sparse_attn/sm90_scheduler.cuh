@@ -236,11 +236,11 @@ class Scheduler {
 
   const Sm90Params& p;
   const SmemAddress base;
-  int index = 0;         // of the page to fill next
-  uint32_t phase = 0;    // of its barriers
-  int marked = 0;        // tiles to be done again
-  int slot = 0;          // of the page's first entry, modulo kStagesK * kStagesV
-  int filled = 0;        // entries of the open page
+  int index = 0;       // of the page to fill next
+  uint32_t phase = 0;  // of its barriers
+  int marked = 0;      // tiles to be done again
+  int slot = 0;        // of the page's first entry, modulo kStagesK * kStagesV
+  int filled = 0;      // entries of the open page
 };
 
 }  // namespace seer::dev
