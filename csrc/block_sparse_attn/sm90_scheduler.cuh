@@ -138,11 +138,13 @@ class Scheduler {
                           (unit.first_row >> (p.wide_q ? 7 : 6)) * p.bits_row_stride;
     }
     const int longest = static_cast<int>(__reduce_max_sync(kFullWarp, unit.tiles));
-    open_page();
+    __syncwarp();
+    int first = 0;
 #pragma unroll 1
-    for (int first = 0; first < longest; first += Order::kTiles) {
+    do {
       stream_window(first, longest - first);
-    }
+      first += Order::kTiles;
+    } while (first < longest);
     close_page(Sm90Page::kLast);
   }
 
@@ -170,31 +172,28 @@ class Scheduler {
     publish_page();
   }
 
-  // The bits of the lane's `width` KV tiles from `first` on of every consumer, cut to what it sees.
-  // All three loads are under way at the same time.
-  __device__ __forceinline__ void window_bits(int first, int width, uint32_t (&bits)[3]) const {
-    const int bit = p.wide_kv ? first / 2 : first;
+  // Appends the KV tiles from `first_tile` on, `left` but at most a window, to the tile's pages.
+  __device__ __forceinline__ void stream_window(int first_tile, int left) {
+    const bool opens = first_tile == 0;
+    const int width = left > 128 ? 8 : left > 64 ? 4 : left > 32 ? 2 : 1;
+    first_tile += width * lane_id();
+    // The lane's bits of each consumer, from memory; the page is opened while they come.
+    const int bit = p.wide_kv ? first_tile / 2 : first_tile;
+    uint32_t bits[Traits::kConsumers];
     int visible[Traits::kConsumers];
 #pragma unroll
     for (int i = 0; i < Traits::kConsumers; ++i) {
-      visible[i] = min(max(current().units[i].tiles - first, 0), width);
+      visible[i] = min(max(current().units[i].tiles - first_tile, 0), width);
       bits[i] = ~0u;
       if (p.bits != nullptr && visible[i] > 0) bits[i] = __ldg(row_of_bits(i) + bit / 32);
     }
+    if (opens) open_page();
 #pragma unroll
     for (int i = 0; i < Traits::kConsumers; ++i) {
       bits[i] >>= bit % 32;
       if (p.wide_kv) bits[i] = double_nibble(bits[i] & 0xf);
       bits[i] &= (1u << visible[i]) - 1;
     }
-  }
-
-  // Appends the KV tiles from `first_tile` on, `left` but at most a window, to the tile's pages.
-  __device__ __forceinline__ void stream_window(int first_tile, int left) {
-    const int width = left > 128 ? 8 : left > 64 ? 4 : left > 32 ? 2 : 1;
-    first_tile += width * lane_id();
-    uint32_t bits[Traits::kConsumers];
-    window_bits(first_tile, width, bits);
     Order order;
     order.sort(bits[0], bits[1], bits[2]);
     int first = 0;  // in the window's order
