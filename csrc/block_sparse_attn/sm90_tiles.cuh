@@ -42,6 +42,7 @@ struct TileOrder {
     return (p.heads_kv + sections - 1) / sections;
   }
 
+  // What locate() and unit() divide by. Of packed sequences only the last two are used.
   static Sm90Divisors divisors(const Sm90Params& p) {
     const int tiles = tiles_of_head(p, p.rows_q);
     const int together = heads_together(p, p.rows_kv);
@@ -85,14 +86,13 @@ struct TileOrder {
     place.q_start = place.kv_start = 0;
     place.rows_q = p.rows_q;
     place.rows_kv = p.rows_kv;
-    int first_head, in_section;
     if (p.cu_seqlens_q == nullptr) {
       place.batch = p.by.sequence_tiles.quotient(index);
       if (place.batch >= p.batch) return false;
       index -= place.batch * p.by.sequence_tiles.by;
       const int section = p.by.section_tiles.quotient(index);
-      in_section = index - section * p.by.section_tiles.by;
-      first_head = section * p.by.heads.by;
+      const int in_section = index - section * p.by.section_tiles.by;
+      const int first_head = section * p.by.heads.by;
       const bool last = first_head + p.by.heads.by >= p.heads_kv;
       const Divisor heads = last ? p.by.last_heads : p.by.heads;
       tile_of_head = heads.quotient(in_section);
@@ -103,8 +103,8 @@ struct TileOrder {
     const int per_head = tiles_of_head(p, place.rows_q);
     const int together = heads_together(p, place.rows_kv);
     const int section = index / (per_head * together);
-    in_section = index - section * per_head * together;
-    first_head = section * together;
+    const int in_section = index - section * per_head * together;
+    const int first_head = section * together;
     const int heads = min(together, p.heads_kv - first_head);
     tile_of_head = in_section / heads;
     place.head_kv = first_head + in_section % heads;
