@@ -171,6 +171,7 @@ cudaError_t enqueue_sm90(typename Traits::Params& p, int processors, cudaStream_
   constexpr auto kKernel = &dev::block_sparse_attn_sm90<Traits>;
   cudaError_t error = allow_shared_memory<kKernel>(Traits::kSmemBytes);
   if (error != cudaSuccess) return error;
+  p.by = dev::TileOrder<Traits>::divisors(p);
   const int64_t tiles =
       int64_t{p.batch} * p.heads_kv * dev::TileOrder<Traits>::tiles_of_head(p, p.rows_q);
   const auto grid = static_cast<unsigned>(std::min<int64_t>(tiles, processors));

@@ -27,41 +27,44 @@ __device__ __forceinline__ uint32_t double_nibble(uint32_t x) {
 template <class Traits>
 class Scheduler {
   static_assert(Traits::kConsumers == 3, "the order of the stream is made for three consumers");
-  static constexpr int kNoPage = -1;
 
  public:
   __device__ __forceinline__ Scheduler(const Sm90Params& params, SmemAddress shared)
       : p(params), base(shared) {}
 
   __device__ __forceinline__ void run() {
-    int next = static_cast<int>(blockIdx.x);
+    acquire_page();
+    Sm90Page place{};
+    place.tile = static_cast<int>(blockIdx.x);  // the CTA's first tile has its own number
     for (;;) {
-      const bool again = marked > 0;
-      int tile = __shfl_sync(kFullWarp, next, 0);
-      if (again) tile = pending(--marked).x;
-      Sm90Page place{};
       int tile_of_head;
-      if (!TileOrder<Traits>::locate(p, tile, place, tile_of_head)) {
-        if (await_consumers()) continue;
+      if (TileOrder<Traits>::locate(p, place.tile, place, tile_of_head)) {
+        stream_tile(place, tile_of_head);
+        acquire_page();
+      } else if (!await_consumers()) {
         break;
       }
-      if (again) {
+      place = {};
+      if (marked > 0) {
+        const int2 mark = pending(--marked);
+        place.tile = __reduce_max_sync(kFullWarp, mark.x);
+        place.redo_of = mark.y;
         place.flags = Sm90Page::kCareful;
-        place.redo_of = pending(marked).y;
       } else {
-        next = take_tile();  // is under way while this tile is streamed
+        place.tile = take_tile();
       }
-      stream_tile(place, tile_of_head);
     }
     publish_empty_page(kEnd);
   }
 
  private:
-  // The CTA's first tile has its own number; the others come from the counter, in lane 0. Without
-  // one, there are no more tiles than CTAs.
+  // The next tile that nobody has: taken once there is a page for it, so that a CTA with long tiles
+  // leaves later ones to others. Without a counter, there are no more tiles than CTAs.
   __device__ __forceinline__ int take_tile() {
     if (p.next_tile == nullptr) return INT_MAX;
-    return lane_id() == 0 ? static_cast<int>(gridDim.x) + atomicAdd(p.next_tile, 1) : 0;
+    int tile = 0;
+    if (lane_id() == 0) tile = static_cast<int>(gridDim.x) + atomicAdd(p.next_tile, 1);
+    return __reduce_max_sync(kFullWarp, tile);
   }
 
   __device__ __forceinline__ Sm90Page& page() {
@@ -71,10 +74,11 @@ class Scheduler {
   // Waits until nobody reads the page at `index` any more, and takes its mark.
   __device__ __forceinline__ void acquire_page() {
     mbarrier_wait(base + Traits::kEmptyPage + 8 * index, phase ^ 1);
-    const int2 mark = make_int2(page().tile, page().redo);
-    __syncwarp();
-    if (mark.y != 0) {
-      if (lane_id() == 0) pending(marked) = mark;
+    // Reduced so that the compiler knows it to be the same in all lanes.
+    const int redo = __reduce_max_sync(kFullWarp, page().redo);
+    if (redo != 0) {
+      if (lane_id() == 0) pending(marked) = make_int2(page().tile, redo);
+      __syncwarp();
       ++marked;
     }
   }
@@ -89,7 +93,6 @@ class Scheduler {
   // A page without a tile: kFlush only turns the ring, kEnd ends the kernel.
   static constexpr int kFlush = 0, kEnd = -1;
   __device__ __forceinline__ void publish_empty_page(int entries) {
-    acquire_page();
     if (lane_id() == 0) {
       page() = Sm90Page{};
       page().entries = entries;
@@ -100,13 +103,20 @@ class Scheduler {
     static_assert(sizeof(int2) == Traits::kPendingBytes);
     return shared_object<int2>(Traits::kSmemPending, i);
   }
-  __device__ __forceinline__ Sm90Page& current() {
+  // Of the present tile: what all of its pages say, and the row of bits of each unit.
+  __device__ __forceinline__ static const uint32_t*& row_of_bits(int consumer) {
+    return shared_object<const uint32_t*>(Traits::kSmemRows, consumer);
+  }
+  __device__ __forceinline__ static Sm90Page& current() {
     return shared_object<Sm90Page>(Traits::kSmemCurrent);
   }
 
   // At the end: waits for all pages in flight; true if a mark came up.
   __device__ __forceinline__ bool await_consumers() {
-    for (int i = 0; i < Traits::kPages && marked == 0; ++i) publish_empty_page(kFlush);
+    for (int i = 0; i < Traits::kPages && marked == 0; ++i) {
+      publish_empty_page(kFlush);
+      acquire_page();
+    }
     return marked > 0;
   }
 
@@ -119,25 +129,30 @@ class Scheduler {
       current().flags |= Sm90Page::kFirst;
     }
     __syncwarp();
-    int tiles = 0;
+    const int consumer = min(lane, Traits::kConsumers - 1);
+    const Sm90Unit unit = TileOrder<Traits>::unit(p, place, tile_of_head, consumer);
     if (lane < Traits::kConsumers) {
-      const Sm90Unit unit = TileOrder<Traits>::unit(p, current(), tile_of_head, lane);
-      tiles = unit.tiles;
       current().units[lane] = unit;
+      row_of_bits(lane) = p.bits + place.batch * p.bits_batch_stride +
+                          p.by.heads_per_bits.quotient(unit.head) * p.bits_head_stride +
+                          (unit.first_row >> (p.wide_q ? 7 : 6)) * p.bits_row_stride;
     }
+    const int longest = static_cast<int>(__reduce_max_sync(kFullWarp, unit.tiles));
     __syncwarp();
-    const int longest = static_cast<int>(__reduce_max_sync(kFullWarp, tiles));
-    filled = kNoPage;
-    for (int first = 0; first < longest; first += Order::kTiles) stream_window(first);
-    if (filled == kNoPage) open_page();  // a tile that keeps nothing has a page too
+    int first = 0;
+#pragma unroll 1
+    do {
+      stream_window(first, longest - first);
+      first += Order::kTiles;
+    } while (first < longest);
     close_page(Sm90Page::kLast);
   }
 
   __device__ __forceinline__ void open_page() {
-    acquire_page();
     constexpr int kWords = sizeof(Sm90Page) / 4;
     static_assert(kWords <= 32);
     const int lane = lane_id();
+    __syncwarp();
     if (lane < kWords) {
       reinterpret_cast<int*>(&page())[lane] = reinterpret_cast<const int*>(&current())[lane];
     }
@@ -154,68 +169,77 @@ class Scheduler {
       page().flags |= flags;
     }
     slot = (slot + filled) % (Traits::kStagesK * Traits::kStagesV);
-    filled = kNoPage;
     publish_page();
   }
 
-  // The bits of 8 KV tiles from `first` on of consumer `i`, cut to what it sees.
-  __device__ __forceinline__ uint32_t unit_bits(int i, int first) {
-    const Sm90Unit& unit = current().units[i];
-    const int left = unit.tiles - first;
-    if (left <= 0) return 0;
-    uint32_t bits = 0xff;
-    if (p.bits != nullptr) {
-      const int block = unit.first_row / (p.wide_q ? 128 : 64);
-      const uint32_t* const row = p.bits + current().batch * p.bits_batch_stride +
-                                  unit.head / p.heads_per_bits * p.bits_head_stride +
-                                  block * p.bits_row_stride;
-      const int bit = p.wide_kv ? first / 2 : first;
-      bits = row[bit / 32] >> bit % 32;
-      bits = p.wide_kv ? double_nibble(bits & 0xf) : bits & 0xff;
+  // Appends the KV tiles from `first_tile` on, `left` but at most a window, to the tile's pages.
+  __device__ __forceinline__ void stream_window(int first_tile, int left) {
+    const bool opens = first_tile == 0;
+    const int width = left > 128 ? 8 : left > 64 ? 4 : left > 32 ? 2 : 1;
+    first_tile += width * lane_id();
+    // The lane's bits of each consumer, from memory; the page is opened while they come.
+    const int bit = p.wide_kv ? first_tile / 2 : first_tile;
+    uint32_t bits[Traits::kConsumers];
+    int visible[Traits::kConsumers];
+#pragma unroll
+    for (int i = 0; i < Traits::kConsumers; ++i) {
+      visible[i] = min(max(current().units[i].tiles - first_tile, 0), width);
+      bits[i] = ~0u;
+      if (p.bits != nullptr && visible[i] > 0) bits[i] = __ldg(row_of_bits(i) + bit / 32);
     }
-    return left >= 8 ? bits : bits & ((1u << left) - 1);
-  }
-
-  // Appends the KV tiles from `first_tile` on to the tile's pages.
-  __device__ __forceinline__ void stream_window(int first_tile) {
-    first_tile += 8 * lane_id();
+    if (opens) open_page();
+#pragma unroll
+    for (int i = 0; i < Traits::kConsumers; ++i) {
+      bits[i] >>= bit % 32;
+      if (p.wide_kv) bits[i] = double_nibble(bits[i] & 0xf);
+      bits[i] &= (1u << visible[i]) - 1;
+    }
     Order order;
-    order.sort(unit_bits(0, first_tile), unit_bits(1, first_tile), unit_bits(2, first_tile));
+    order.sort(bits[0], bits[1], bits[2]);
     int first = 0;  // in the window's order
+#pragma unroll 1
     while (first < order.entries) {
-      if (filled == Traits::kPageEntries) close_page(0);
-      if (filled == kNoPage) open_page();
+      if (filled == Traits::kPageEntries) {
+        close_page(0);
+        acquire_page();
+        open_page();
+      }
       const int count = min(order.entries - first, Traits::kPageEntries - filled);
-      write_entries(order, first_tile, first, count);
+      write_entries(order, first_tile, width, first, count);
       first += count;
       filled += count;
     }
   }
 
   // Appends `count` entries of the window's order, from `first` on, to the page.
-  __device__ __forceinline__ void write_entries(const Order& order, int first_tile, int first,
-                                                int count) {
-    const SmemAddress end =
-        base + Traits::kSmemEntries + (index * Traits::kPageEntries + filled) * 4;
-#pragma unroll 2
-    for (int bit = 0; bit < 8; ++bit) {
-      const int owners = order.owners(bit);
-      const int at = order.place(bit, owners) - first;
-      if (owners != 0 && static_cast<unsigned>(at) < static_cast<unsigned>(count)) {
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(end + 4 * at),
-                     "r"((first_tile + bit) | owners << kOwnersShift)
-                     : "memory");
-      }
-    }
+  __device__ __forceinline__ void write_entries(const Order& order, int first_tile, int width,
+                                                int first, int count) const {
+    SmemAddress begin =
+        base + Traits::kSmemEntries + (index * Traits::kPageEntries + filled - first) * 4;
+    // One address for the compiler, and not a sum to be worked out for every entry.
+    asm volatile("" : "+r"(begin));
+    order.each(width, [&](int tile, int owners, int place) {
+      const bool here =
+          owners != 0 && static_cast<unsigned>(place - first) < static_cast<unsigned>(count);
+      // Without a branch, so that the tiles of a lane are placed at the same time.
+      asm volatile(
+          "{\n"
+          ".reg .pred here;\n"
+          "setp.ne.u32 here, %2, 0;\n"
+          "@here st.shared.u32 [%0], %1;\n"
+          "}\n" ::"r"(begin + 4 * place),
+          "r"((first_tile + tile) | owners << kOwnersShift), "r"(static_cast<int>(here))
+          : "memory");
+    });
   }
 
   const Sm90Params& p;
   const SmemAddress base;
-  int index = 0;         // of the page to fill next
-  uint32_t phase = 0;    // of its barriers
-  int marked = 0;        // tiles to be done again
-  int slot = 0;          // of the page's first entry, modulo kStagesK * kStagesV
-  int filled = kNoPage;  // entries of the open page
+  int index = 0;       // of the page to fill next
+  uint32_t phase = 0;  // of its barriers
+  int marked = 0;      // tiles to be done again
+  int slot = 0;        // of the page's first entry, modulo kStagesK * kStagesV
+  int filled = 0;      // entries of the open page
 };
 
 }  // namespace seer::dev

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "block_sparse_attn/sm90_traits.cuh"
+#include "common/divisor.cuh"
 #include "common/mbarrier.cuh"
 #include "common/varlen.cuh"
 
@@ -33,26 +34,31 @@ struct TileOrder {
 
   // KV heads whose tiles are handed out together: all, if the cache holds their K and V; otherwise
   // half of what it holds, in sections of equal size (a small last one would end with long tiles).
-  static __device__ __forceinline__ int heads_together(const Sm90Params& p, int rows_kv) {
-    const int fitting = p.rows_in_cache / max(rows_kv, 1);
+  static __host__ __device__ __forceinline__ int heads_together(const Sm90Params& p, int rows_kv) {
+    const int fitting = p.rows_in_cache / (rows_kv > 1 ? rows_kv : 1);
     if (fitting >= p.heads_kv) return p.heads_kv;
-    const int most = max(fitting / 2, 1);
+    const int most = fitting > 2 ? fitting / 2 : 1;
     const int sections = (p.heads_kv + most - 1) / most;
     return (p.heads_kv + sections - 1) / sections;
+  }
+
+  // What locate() and unit() divide by. Of packed sequences only the last two are used.
+  static Sm90Divisors divisors(const Sm90Params& p) {
+    const int tiles = tiles_of_head(p, p.rows_q);
+    const int together = heads_together(p, p.rows_kv);
+    const int rest = p.heads_kv % together;
+    const auto of = [](int by) { return Divisor::of(by > 1 ? by : 1); };
+    return {of(tiles * p.heads_kv),         of(tiles * together), of(together),
+            of(rest > 0 ? rest : together), of(p.group),          of(p.heads_per_bits)};
   }
 
   // The unit of `consumer` in tile `tile` of a KV head.
   static __device__ __forceinline__ Sm90Unit unit(const Sm90Params& p, const Sm90Page& place,
                                                   int tile, int consumer) {
-    int block, member;
-    if (p.share_group) {
-      const int index = tile * Traits::kConsumers + consumer;
-      block = index / p.group;
-      member = index % p.group;
-    } else {
-      block = tile / p.group * Traits::kConsumers + consumer;
-      member = tile % p.group;
-    }
+    const int index = p.share_group ? tile * Traits::kConsumers + consumer : tile;
+    const int quotient = p.by.group.quotient(index);
+    const int member = index - quotient * p.group;
+    const int block = p.share_group ? quotient : quotient * Traits::kConsumers + consumer;
     Sm90Unit unit;
     unit.head = place.head_kv * p.group + member;
     unit.first_row = (row_blocks(place.rows_q) - 1 - block) * Traits::kRows;
@@ -81,20 +87,27 @@ struct TileOrder {
     place.rows_q = p.rows_q;
     place.rows_kv = p.rows_kv;
     if (p.cu_seqlens_q == nullptr) {
-      const int per_sequence = tiles_of_head(p, p.rows_q) * p.heads_kv;
-      place.batch = index / per_sequence;
-      index -= place.batch * per_sequence;
+      place.batch = p.by.sequence_tiles.quotient(index);
       if (place.batch >= p.batch) return false;
-    } else if (!find_sequence(p, index, place)) {
-      return false;
+      index -= place.batch * p.by.sequence_tiles.by;
+      const int section = p.by.section_tiles.quotient(index);
+      const int in_section = index - section * p.by.section_tiles.by;
+      const int first_head = section * p.by.heads.by;
+      const bool last = first_head + p.by.heads.by >= p.heads_kv;
+      const Divisor heads = last ? p.by.last_heads : p.by.heads;
+      tile_of_head = heads.quotient(in_section);
+      place.head_kv = first_head + in_section - tile_of_head * heads.by;
+      return true;
     }
+    if (!find_sequence(p, index, place)) return false;
     const int per_head = tiles_of_head(p, place.rows_q);
     const int together = heads_together(p, place.rows_kv);
     const int section = index / (per_head * together);
     const int in_section = index - section * per_head * together;
-    const int heads = min(together, p.heads_kv - section * together);
+    const int first_head = section * together;
+    const int heads = min(together, p.heads_kv - first_head);
     tile_of_head = in_section / heads;
-    place.head_kv = section * together + in_section % heads;
+    place.head_kv = first_head + in_section % heads;
     return true;
   }
 

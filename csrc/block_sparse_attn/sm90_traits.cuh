@@ -12,6 +12,7 @@
 
 #include "block_sparse_attn/sm90_no_map.cuh"
 #include "block_sparse_attn/variant.h"
+#include "common/divisor.cuh"
 
 namespace seer {
 
@@ -43,6 +44,15 @@ struct alignas(16) Sm90Page {
 // Where the search for a packed tile's sequence begins.
 struct Sm90Search {
   int first_sequence, tiles_before;
+};
+
+// What the order of tiles divides by (sm90_tiles.cuh), but for packed sequences, where all but the
+// last two differ from one to the next.
+struct Sm90Divisors {
+  dev::Divisor sequence_tiles, section_tiles;  // tiles of a sequence, of a section
+  dev::Divisor heads, last_heads;              // KV heads of a section, of the last one
+  dev::Divisor group;
+  dev::Divisor heads_per_bits;
 };
 
 struct Sm90Params;
@@ -97,7 +107,8 @@ struct Sm90Traits {
   static constexpr int kSmemCurrent = kSmemEntries + kPages * kPageEntries * 4;
   static constexpr int kSmemPending = kSmemCurrent + int(sizeof(Sm90Page));
   static constexpr int kSmemSearch = kSmemPending + kPages * kPendingBytes;
-  static constexpr int kSmemBarriers = kSmemSearch + int(sizeof(Sm90Search));
+  static constexpr int kSmemRows = kSmemSearch + int(sizeof(Sm90Search));
+  static constexpr int kSmemBarriers = kSmemRows + kConsumers * int(sizeof(const uint32_t*));
   static constexpr int kFullK = kSmemBarriers;  // [owner set - 1][kBarriersPerSet]
   static constexpr int kFullV = kFullK + 8 * kOwnerSets * kBarriersPerSet;
   static constexpr int kEmptyK = kFullV + 8 * kOwnerSets * kBarriersPerSet;  // [stage]
@@ -137,6 +148,7 @@ struct Sm90Params {
   bool causal;
   float scale_log2;  // |scale| * log2(e), never 0
   float score_sign;  // -1 if scale is negative: scores are negated before the softmax
+  Sm90Divisors by;
 };
 
 }  // namespace seer
