@@ -104,6 +104,7 @@ class PoolGateCta {
       : p_(p), smem_(smem), cta_(cta), tile_blocks_(tile_blocks) {}
 
   __device__ __forceinline__ void run() {
+    if (p_.weight != nullptr) prefetch_weight();
     switch (p_.pools) {
       case 1: run_pools<1>(); break;
       case 2: run_pools<2>(); break;
@@ -172,6 +173,19 @@ class PoolGateCta {
     }
   }
 
+  // A share of this input head's weights, from DRAM to L2 while x is read: those of its tiles
+  // together are all. First in the launch, so that the product does not wait for DRAM.
+  __device__ __forceinline__ void prefetch_weight() const {
+    constexpr int kLine = 128;
+    const PoolTile at = tile();
+    const int64_t bytes = int64_t{p_.heads_out / p_.heads} * channels() * p_.gate_dim * 2;
+    const auto share = static_cast<uint32_t>(at.first / tile_blocks_);
+    const uint32_t line =
+        (share * kPoolThreads + thread_id()) % static_cast<uint32_t>(bytes / kLine);
+    const char* w = static_cast<const char*>(p_.weight) + at.head * bytes + int64_t{line} * kLine;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(w));
+  }
+
   // The product with the matrices of all output heads, kPoolWarps units at a time.
   template <int kGateDim>
   __device__ __forceinline__ void project() {
@@ -226,18 +240,19 @@ class PoolGateCta {
     uint32_t a_at = smem_address(smem_) + lane() % 16 * stride + lane() / 16 * 16 + begin * 32;
     const bool both = count > 16;
     constexpr int kAhead = 4;  // steps whose weights are in flight
-    for (int step = begin; step < end; step += kAhead) {
-      uint2 v[kAhead][4];
+    uint2 v[kAhead][4];
+    const auto load = [&](int s) {
+      v[s][0] = __ldg(reinterpret_cast<const uint2*>(w));
+      v[s][1] = __ldg(reinterpret_cast<const uint2*>(w + kRow));
+      v[s][2] = __ldg(reinterpret_cast<const uint2*>(w + 8 * kRow));
+      v[s][3] = __ldg(reinterpret_cast<const uint2*>(w + 9 * kRow));
+      w += 16 * kRow;
+    };
 #pragma unroll
-      for (int s = 0; s < kAhead; ++s) {
-        if (step + s < end) {
-          v[s][0] = __ldg(reinterpret_cast<const uint2*>(w));
-          v[s][1] = __ldg(reinterpret_cast<const uint2*>(w + kRow));
-          v[s][2] = __ldg(reinterpret_cast<const uint2*>(w + 8 * kRow));
-          v[s][3] = __ldg(reinterpret_cast<const uint2*>(w + 9 * kRow));
-        }
-        w += 16 * kRow;
-      }
+    for (int s = 0; s < kAhead; ++s) {
+      if (begin + s < end) load(s);
+    }
+    for (int step = begin; step < end; step += kAhead) {
 #pragma unroll
       for (int s = 0; s < kAhead; ++s) {
         if (step + s >= end) break;
@@ -254,6 +269,7 @@ class PoolGateCta {
           mma_16x8x16<Element>(c[0][t], a0, b0, b1);
           if (both) mma_16x8x16<Element>(c[1][t], a1, b0, b1);
         }
+        if (step + s + kAhead < end) load(s);
       }
     }
   }
