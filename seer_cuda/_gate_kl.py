@@ -17,10 +17,11 @@ from torch import Tensor
 from seer_cuda import _gate_math
 from seer_cuda._attn_math import accumulation_dtype
 
-# Scores of a chunk; about four fp32 tensors of this size exist at a time (64 MiB). Six chunks at 64k
-# tokens and 32 heads. Where kept windows are trained on, launches are all that a step takes: half
-# of this made it 54 ms, of which the GPU worked 16.
-_CHUNK_ELEMENTS = 1 << 22
+# Scores of a chunk, per prompt of the batch; about four fp32 tensors of this size exist at a time
+# (32 MiB). Twelve chunks at 64k tokens and 32 heads, whose launches are nothing beside the attention
+# that made the map. Where kept windows are trained on, launches are all that a step takes: so a
+# batch, whose map is larger too, has larger chunks and not more of them.
+_CHUNK_ELEMENTS = 1 << 21
 
 _library = torch.library.Library("seer", "FRAGMENT")
 _library.define(
@@ -81,7 +82,7 @@ def gate_kl(
     if need_grad:
         all_keys = _by_head(k_gate, heads_k).to(wide)
         key_grads = torch.zeros_like(all_keys)
-    step = chunk_rows or max(1, _CHUNK_ELEMENTS // (batch * heads_q * max(1, blocks_kv)))
+    step = chunk_rows or max(1, _CHUNK_ELEMENTS // (heads_q * max(1, blocks_kv)))
     for first in range(first_row, blocks_q, step):
         last = min(first + step, blocks_q)
         # Bottom-right alignment of the slice is that of the whole: its last row sees its last key.

@@ -93,6 +93,7 @@ class Scheduler {
   // A page without a tile: kFlush only turns the ring, kEnd ends the kernel.
   static constexpr int kFlush = 0, kEnd = -1;
   __device__ __forceinline__ void publish_empty_page(int entries) {
+    __syncwarp();  // all lanes have read the mark of acquire_page()
     if (lane_id() == 0) {
       page() = Sm90Page{};
       page().entries = entries;
@@ -199,15 +200,17 @@ class Scheduler {
     int first = 0;  // in the window's order
 #pragma unroll 1
     while (first < order.entries) {
-      if (filled == Traits::kPageEntries) {
+      // What does not fit is halved: a page of a few entries is over before the next one is made.
+      const int left = order.entries - first, space = Traits::kPageEntries - filled;
+      const int count = left > space ? min(space, (left + 1) / 2) : left;
+      write_entries(order, first_tile, width, first, count);
+      first += count;
+      filled += count;
+      if (first < order.entries) {
         close_page(0);
         acquire_page();
         open_page();
       }
-      const int count = min(order.entries - first, Traits::kPageEntries - filled);
-      write_entries(order, first_tile, width, first, count);
-      first += count;
-      filled += count;
     }
   }
 

@@ -89,8 +89,9 @@ struct Sm90Traits {
   static constexpr int kBarriersPerSet = 8;
   static_assert(kStagesK <= kBarriersPerSet && kStagesV <= kBarriersPerSet);
 
-  // The stream goes from the scheduler to everyone else in pages.
-  static constexpr int kPages = 3;
+  // The stream goes from the scheduler to everyone else in pages. Two are enough to look ahead, and a
+  // third would only take tiles that another CTA could begin sooner.
+  static constexpr int kPages = 2;
   static constexpr int kPageEntries = 128;
   // Readers of a page: the loaders of K, V and Q, and the warps of the consumers.
   static constexpr int kPageReaders = 3 + 4 * kConsumers;
