@@ -18,9 +18,9 @@ from seer_cuda import _gate_math
 from seer_cuda._attn_math import accumulation_dtype
 
 # Scores of a chunk, per prompt of the batch; about four fp32 tensors of this size exist at a time
-# (32 MiB). Twelve chunks at 64k tokens and 32 heads, whose launches are nothing beside the attention
-# that made the map. Where kept windows are trained on, launches are all that a step takes: so a
-# batch, whose map is larger too, has larger chunks and not more of them.
+# (32 MiB). Twelve chunks at 64k tokens and 32 heads, whose launches are nothing beside the
+# attention that made the map. Where kept windows are trained on, launches are all that a step
+# takes: so a batch, whose map is larger too, has larger chunks and not more of them.
 _CHUNK_ELEMENTS = 1 << 21
 
 _library = torch.library.Library("seer", "FRAGMENT")
