@@ -41,16 +41,41 @@ cudaError_t launch_threshold(const GateSelectParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+// Whether a CTA of select_threshold_short takes two tiles of rows: where a pair has a warp for each
+// of its column tiles, and CTAs of one tile would be more than run at once.
+inline bool pairs_short_tiles(const GateScoresParams& p) {
+  constexpr int64_t kEnough = 256;
+  const int64_t tiles = ceil_div(p.blocks_q, dev::kShortRows);
+  if (!p.causal || p.cu_seqlens_q != nullptr) return false;
+  if (tiles < 2 || tiles > 2 * dev::kClasses) return false;
+  if (int64_t{p.batch} * p.heads_q * tiles <= kEnough) return false;
+  const auto classes = [&](int64_t tile) {
+    const int64_t end = std::min((tile + 1) * dev::kShortRows, p.blocks_q);
+    const int64_t most = std::clamp<int64_t>(end + p.blocks_kv - p.blocks_q, 0, p.blocks_kv);
+    return ceil_div(most, dev::kShortColumns);
+  };
+  for (int64_t tile = 0; 2 * tile + 1 < tiles; ++tile) {
+    if (classes(tile) + classes(tiles - 1 - tile) > dev::kPairWarps) return false;
+  }
+  return true;
+}
+
 template <class Element, int kDim, bool kPacked>
 cudaError_t launch_threshold_short(const GateSelectParams& p, cudaStream_t stream) {
   constexpr auto kKernel = &dev::select_threshold_short<Element, kDim, kPacked>;
-  constexpr int kSmemBytes = dev::short_smem_bytes<kDim>();
-  if (cudaError_t error = allow_shared_memory<kKernel>(kSmemBytes); error != cudaSuccess) {
+  if (cudaError_t error = allow_shared_memory<kKernel>(dev::short_smem_bytes<kDim>(true));
+      error != cudaSuccess) {
     return error;
   }
-  const int64_t tiles = ceil_div(p.gate.blocks_q, dev::kShortRows);
-  const auto grid = static_cast<unsigned>(int64_t{p.gate.batch} * p.gate.heads_q * tiles);
-  kKernel<<<grid, 32 * dev::kClasses, kSmemBytes, stream>>>(p);
+  const GateScoresParams& gate = p.gate;
+  const bool pairs = pairs_short_tiles(gate);
+  const dev::ShortGrid places = {dev::Divisor::of(gate.heads_q),
+                                 dev::Divisor::of(gate.heads_q / gate.heads_k), pairs};
+  const int64_t tiles = ceil_div(gate.blocks_q, dev::kShortRows);
+  const dim3 grid(static_cast<unsigned>(int64_t{gate.batch} * gate.heads_q),
+                  static_cast<unsigned>(pairs ? ceil_div(tiles, 2) : tiles));
+  const int warps = pairs ? dev::kPairWarps : dev::kClasses;
+  kKernel<<<grid, 32 * warps, dev::short_smem_bytes<kDim>(pairs), stream>>>(p, places);
   return cudaGetLastError();
 }
 
@@ -88,7 +113,8 @@ int launch_gate_select_variant(const GateSelectParams& p, CUstream_st* stream) {
     case SelectMethod::kThreshold: {
       // A row's result is the same whichever kernel it is.
       const bool packed = p.gate.cu_seqlens_q != nullptr;
-      if (p.gate.blocks_kv <= dev::kShortBlocks) {
+      constexpr int64_t kGridY = 65535;  // the most tiles of rows that the grid takes
+      if (p.gate.blocks_kv <= dev::kShortBlocks && p.gate.blocks_q <= kGridY * dev::kShortRows) {
         return packed ? launch_threshold_short<Element, kKey.dim, true>(p, stream)
                       : launch_threshold_short<Element, kKey.dim, false>(p, stream);
       }

@@ -32,17 +32,23 @@ __device__ __forceinline__ int packed_blocks(const int32_t* cu_seqlens, int b, i
   return static_cast<int>(min((rows + block - 1) / block, most));
 }
 
-// Query head `head` of all heads of the batch.
+// Query head `head` of sequence `batch`.
 template <bool kPacked>
-__device__ __forceinline__ GatePlace place_of_head(const GateScoresParams& p, uint32_t head,
+__device__ __forceinline__ GatePlace place_of_head(const GateScoresParams& p, int batch, int head,
                                                    int first_row) {
-  GatePlace at = {static_cast<int>(head / p.heads_q), static_cast<int>(head % p.heads_q), first_row,
-                  static_cast<int>(p.blocks_q), static_cast<int>(p.blocks_kv)};
+  GatePlace at = {batch, head, first_row, static_cast<int>(p.blocks_q),
+                  static_cast<int>(p.blocks_kv)};
   if constexpr (kPacked) {
     at.blocks_q = packed_blocks(p.cu_seqlens_q, at.batch, p.block_q, p.blocks_q);
     at.blocks_kv = packed_blocks(p.cu_seqlens_kv, at.batch, p.block_kv, p.blocks_kv);
   }
   return at;
+}
+template <bool kPacked>
+__device__ __forceinline__ GatePlace place_of_head(const GateScoresParams& p, uint32_t head,
+                                                   int first_row) {
+  return place_of_head<kPacked>(p, static_cast<int>(head / p.heads_q),
+                                static_cast<int>(head % p.heads_q), first_row);
 }
 
 // The longest rows of a causal triangle come first, so that the last CTAs are short ones.
