@@ -81,7 +81,7 @@ class Sm90RowMap {
 }  // namespace dev
 
 template <AttnPoolKey kKey, bool kSum>
-struct Sm90PoolTraits : Sm90Traits<kKey.attention()> {
+struct Sm90PoolTraits : Sm90Traits<kKey.attention(), 3> {
   using Params = Sm90PoolParams;
   using Map = dev::Sm90RowMap<kSum>;
 };

@@ -21,20 +21,31 @@
 namespace seer::dev {
 
 // Counts loads per owner set, modulo 16, as SetCounters does, 32 entries at a time.
+template <int kConsumers>
 class ChunkCounters {
  public:
-  __device__ __forceinline__ int of(int owners) const {
-    return static_cast<int>((owners < 4 ? low : high) >> (8 * (owners & 3)) & 15);
-  }
-  // Adds one for the lane's owner set, for all lanes.
-  __device__ __forceinline__ void add(int owners) {
-    const uint32_t one = 1u << (8 * (owners & 3));
-    low = (low + __reduce_add_sync(kFullWarp, owners < 4 ? one : 0)) & 0x0f0f0f0fu;
-    high = (high + __reduce_add_sync(kFullWarp, owners < 4 ? 0 : one)) & 0x0f0f0f0fu;
+  // Of every lane's entry: how many of its owner set came before it. By all lanes.
+  __device__ __forceinline__ int take(int owners) {
+    const unsigned same = __match_any_sync(kFullWarp, owners);
+    const int before = __popc(same & ((1u << (threadIdx.x % 32)) - 1));
+    const int count = static_cast<int>(counts >> 4 * owners & 15) + before;
+    // One lane per set has its sum; sums without carry from set to set.
+    SetCounts<kConsumers> added =
+        before == 0 ? static_cast<SetCounts<kConsumers>>(__popc(same) & 15) << 4 * owners : 0;
+    if constexpr (kConsumers == 4) {
+      const uint32_t low = __reduce_or_sync(kFullWarp, static_cast<uint32_t>(added));
+      const uint32_t high = __reduce_or_sync(kFullWarp, static_cast<uint32_t>(added >> 32));
+      added = static_cast<uint64_t>(high) << 32 | low;
+    } else {
+      added = __reduce_or_sync(kFullWarp, added);
+    }
+    constexpr auto kTops = static_cast<SetCounts<kConsumers>>(0x8888888888888888u);
+    counts = ((counts & ~kTops) + (added & ~kTops)) ^ ((counts ^ added) & kTops);
+    return count;
   }
 
  private:
-  uint32_t low = 0, high = 0;  // a byte per set: 0 (none) to 3, 4 to 7
+  SetCounts<kConsumers> counts = 0;
 };
 
 template <class Traits>
@@ -111,12 +122,12 @@ class Consumer {
   struct Load {
     uint32_t word = 0;
 
-    __device__ __forceinline__ int barrier() const { return 8 * (word & 63); }  // in a set of them
-    __device__ __forceinline__ uint32_t parity() const { return word >> 6 & 1; }
-    __device__ __forceinline__ bool masked() const { return word >> 7 & 1; }
-    __device__ __forceinline__ int stage_k() const { return word >> 8 & 15; }
-    __device__ __forceinline__ int stage_v() const { return word >> 12 & 15; }
-    __device__ __forceinline__ int position() const { return word >> 16; }  // in the page
+    __device__ __forceinline__ int barrier() const { return 8 * (word & 127); }  // in a set of them
+    __device__ __forceinline__ uint32_t parity() const { return word >> 7 & 1; }
+    __device__ __forceinline__ bool masked() const { return word >> 8 & 1; }
+    __device__ __forceinline__ int stage_k() const { return word >> 9 & 15; }
+    __device__ __forceinline__ int stage_v() const { return word >> 13 & 15; }
+    __device__ __forceinline__ int position() const { return word >> 17; }  // in the page
   };
 
   // Takes the next 32 entries of the page, one per lane, and works out each one's Load.
@@ -126,13 +137,11 @@ class Consumer {
     const uint32_t entry = reader.entry(position, entries);
     const int owners = entry_owners(entry);
     own = __ballot_sync(kFullWarp, owners >> consumer & 1);
-    const unsigned same = __match_any_sync(kFullWarp, owners);
-    const int count = counters.of(owners) + __popc(same & ((1u << lane()) - 1));
-    counters.add(owners);
+    const int count = counters.take(owners);
     const int slot = first_slot + position;
-    load_word = barrier_index(owners, count) | (count & 8) << 3 |
-                (entry_tile(entry) >= first_masked) << 7 | slot % Traits::kStagesK << 8 |
-                slot % Traits::kStagesV << 12 | position << 16;
+    load_word = barrier_index(owners, count) | (count & 8) << 4 |
+                (entry_tile(entry) >= first_masked) << 8 | slot % Traits::kStagesK << 9 |
+                slot % Traits::kStagesV << 13 | position << 17;
   }
 
   // The consumer's next load of the page, or false.
@@ -365,7 +374,7 @@ class Consumer {
   const SmemAddress base;
   PageReader<Traits> reader;
   const int consumer;
-  ChunkCounters counters;
+  ChunkCounters<Traits::kConsumers> counters;
   Sm90Softmax<Element> softmax;
   uint32_t q_phase = 0;
   int first_masked = 0;  // see Sm90Unit
@@ -377,7 +386,7 @@ class Consumer {
   float out[Traits::kHeadDim / 2];
   float scores[32];
   uint32_t weights[16];  // P, rounded and packed
-  uint32_t q[Traits::kQRegisterSteps][4];
+  uint32_t q[Traits::kQRegisterSteps > 0 ? Traits::kQRegisterSteps : 1][4];
 };
 
 }  // namespace seer::dev

@@ -114,7 +114,7 @@ struct Sm90Device {
   }
 };
 
-inline cudaError_t to_sm90_params(const BlockSparseAttnParams& params, int cache_bytes,
+inline cudaError_t to_sm90_params(const BlockSparseAttnParams& params, int consumers, int cache_bytes,
                                   Sm90Params* result) {
   Sm90Params& p = *result;
   const bool packed = params.cu_seqlens_q != nullptr;
@@ -153,9 +153,8 @@ inline cudaError_t to_sm90_params(const BlockSparseAttnParams& params, int cache
   // A good half of the cache: the rest sees queries and outputs pass.
   p.rows_in_cache = cache_bytes / 16 * 9 / (2 * 2 * params.head_dim);
   // With fewer row blocks than consumers, rows of one head would leave consumers without work.
-  constexpr int kConsumers = 3, kRows = 64;
   p.share_group = p.bits == nullptr || params.block_bits.heads <= params.heads_kv ||
-                  params.rows_q <= (kConsumers - 1) * kRows;
+                  params.rows_q <= (consumers - 1) * 64;
   p.wide_q = params.block_q == 128;
   p.wide_kv = params.block_kv == 128;
   p.causal = params.causal;
@@ -191,7 +190,7 @@ cudaError_t launch_sm90(const BlockSparseAttnParams& params, cudaStream_t stream
   cudaError_t error = Sm90Device::current(&device);
   if (error != cudaSuccess) return error;
   Sm90Params p;
-  error = to_sm90_params(params, device.cache_bytes, &p);
+  error = to_sm90_params(params, Traits::kConsumers, device.cache_bytes, &p);
   if (error != cudaSuccess) return error;
   return enqueue_sm90<Traits>(p, device.processors, stream);
 }

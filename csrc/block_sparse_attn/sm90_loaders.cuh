@@ -13,17 +13,18 @@
 namespace seer::dev {
 
 // Counts loads per owner set, modulo 16: bits 0-2 choose the barrier, bit 3 is the phase's parity.
+template <int kConsumers>
 class SetCounters {
  public:
   __device__ __forceinline__ int take(int owners) {
     const int shift = 4 * owners;
     const int count = static_cast<int>(counts >> shift & 15);
-    counts = (counts & ~(15u << shift)) | (static_cast<uint32_t>(count + 1 & 15) << shift);
+    counts = (counts & ~(SetCounts<kConsumers>{15} << shift)) | (static_cast<SetCounts<kConsumers>>(count + 1 & 15) << shift);
     return count;
   }
 
  private:
-  uint32_t counts = 0;
+  SetCounts<kConsumers> counts = 0;
 };
 
 // Coordinates of 64 rows from `row` on of a sequence of `rows` rows. Packed sequences use a map in
@@ -54,7 +55,7 @@ __device__ __forceinline__ void load_kv(const Sm90Params& p, SmemAddress base) {
   const void* const map = kIsK ? &p.k : &p.v;
   const int lane = threadIdx.x % 32;
   PageReader<Traits> reader(base);
-  SetCounters counters;
+  SetCounters<Traits::kConsumers> counters;
   int stage = 0;
   uint32_t phase = 0;
   for (;;) {

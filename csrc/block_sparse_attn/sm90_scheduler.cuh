@@ -26,7 +26,9 @@ __device__ __forceinline__ uint32_t double_nibble(uint32_t x) {
 
 template <class Traits>
 class Scheduler {
-  static_assert(Traits::kConsumers == 3, "the order of the stream is made for three consumers");
+  using Order = dev::Order<Traits::kConsumers>;
+  using Tables = OrderTables<Traits::kConsumers>;
+  static_assert(sizeof(Tables) == Traits::kOrderBytes);
 
  public:
   __device__ __forceinline__ Scheduler(const Sm90Params& params, SmemAddress shared)
@@ -110,6 +112,10 @@ class Scheduler {
   }
   __device__ __forceinline__ static Sm90Page& current() {
     return shared_object<Sm90Page>(Traits::kSmemCurrent);
+  }
+
+  __device__ __forceinline__ static Tables& tables() {
+    return shared_object<Tables>(Traits::kSmemOrder);
   }
 
   // At the end: waits for all pages in flight; true if a mark came up.
@@ -196,7 +202,7 @@ class Scheduler {
       bits[i] &= (1u << visible[i]) - 1;
     }
     Order order;
-    order.sort(bits[0], bits[1], bits[2]);
+    order.sort(bits, tables());
     int first = 0;  // in the window's order
 #pragma unroll 1
     while (first < order.entries) {
@@ -221,7 +227,7 @@ class Scheduler {
         base + Traits::kSmemEntries + (index * Traits::kPageEntries + filled - first) * 4;
     // One address for the compiler, and not a sum to be worked out for every entry.
     asm volatile("" : "+r"(begin));
-    order.each(width, [&](int tile, int owners, int place) {
+    order.each(width, tables(), [&](int tile, int owners, int place) {
       const bool here =
           owners != 0 && static_cast<unsigned>(place - first) < static_cast<unsigned>(count);
       // Without a branch, so that the tiles of a lane are placed at the same time.

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "block_sparse_attn/sm90_traits.cuh"
 #include "common/mbarrier.cuh"
@@ -27,6 +28,10 @@ __device__ __forceinline__ int barrier_index(int owners, int count) {
   constexpr int kBarriersPerSet = 8;
   return (owners - 1) * kBarriersPerSet + (count & (kBarriersPerSet - 1));
 }
+
+// Four bits for each owner set: loads modulo 16.
+template <int kConsumers>
+using SetCounts = std::conditional_t<(kConsumers > 3), uint64_t, uint32_t>;
 
 // A reader's place in the ring of pages.
 template <class Traits>

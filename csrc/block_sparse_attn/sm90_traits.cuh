@@ -35,7 +35,7 @@ struct alignas(16) Sm90Page {
   int q_start, kv_start;  // its first packed rows (0 if not varlen)
   int redo;               // written by consumers: bit per warp whose result left the range
   int redo_of;            // of a careful tile: the warps that it is streamed again for
-  Sm90Unit units[3];
+  Sm90Unit units[4];  // one per consumer
 
   static constexpr int kFirst = 1, kLast = 2;  // page of its tile
   static constexpr int kCareful = 4;
@@ -57,7 +57,7 @@ struct Sm90Divisors {
 
 struct Sm90Params;
 
-template <BlockSparseAttnKey kKey>
+template <BlockSparseAttnKey kKey, int kConsumers_ = kKey.head_dim == 64 ? 4 : 3>
 struct Sm90Traits {
   using Params = Sm90Params;
   using Map = dev::Sm90NoMap;
@@ -69,14 +69,14 @@ struct Sm90Traits {
   // K/V tile, and while one is in its softmax, two keep the tensor cores busy.
   static constexpr int kRows = 64;
   static constexpr int kTileKv = 64;
-  static constexpr int kConsumers = 3;
+  static constexpr int kConsumers = kConsumers_;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // 65536 registers: 128 x 32 + 384 x 160.
   static constexpr int kControlRegisters = 32;
-  static constexpr int kConsumerRegisters = 160;
+  static constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : 160;
   // Of the head_dim / 16 k-steps of Q K^T, as many take Q from registers as fit without spills: a
   // product whose operands both lie in shared memory saturates it (128 B per clock).
-  static constexpr int kQRegisterSteps = kHeadDim == 128 ? 5 : 4;
+  static constexpr int kQRegisterSteps = kConsumers == 4 ? 0 : kHeadDim == 128 ? 5 : 4;
 
   static constexpr int kStageBytes = kTileKv * kHeadDim * 2;
   static constexpr int kPanelBytes = kTileKv * 128;  // 64 columns of a tile
@@ -109,7 +109,9 @@ struct Sm90Traits {
   static constexpr int kSmemPending = kSmemCurrent + int(sizeof(Sm90Page));
   static constexpr int kSmemSearch = kSmemPending + kPages * kPendingBytes;
   static constexpr int kSmemRows = kSmemSearch + int(sizeof(Sm90Search));
-  static constexpr int kSmemBarriers = kSmemRows + kConsumers * int(sizeof(const uint32_t*));
+  static constexpr int kSmemOrder = kSmemRows + (kConsumers + 1) / 2 * 16;
+  static constexpr int kOrderBytes = (32 * 4 + 8) * (1 << kConsumers) / 4;
+  static constexpr int kSmemBarriers = kSmemOrder + kOrderBytes;
   static constexpr int kFullK = kSmemBarriers;  // [owner set - 1][kBarriersPerSet]
   static constexpr int kFullV = kFullK + 8 * kOwnerSets * kBarriersPerSet;
   static constexpr int kEmptyK = kFullV + 8 * kOwnerSets * kBarriersPerSet;  // [stage]
