@@ -19,7 +19,7 @@ cudaError_t launch_sm90_pool(const AttnPoolParams& params, cudaStream_t stream) 
   cudaError_t error = Sm90Device::current(&device);
   if (error != cudaSuccess) return error;
   Sm90PoolParams p;
-  error = to_sm90_params(as_dense(params), Traits::kConsumers, device.cache_bytes, &p);
+  error = to_sm90_params<Traits>(as_dense(params), device.cache_bytes, &p);
   if (error != cudaSuccess) return error;
   p.map = row_map_params(params);
   return enqueue_sm90<Traits>(p, device.processors, stream);

@@ -21,7 +21,7 @@ struct Sm90PoolParams : Sm90Params {
 
 namespace dev {
 
-template <bool kSum>
+template <bool kSum, int kConsumers>
 class Sm90RowMap {
  public:
   static constexpr bool kKeeps = true;
@@ -69,7 +69,7 @@ class Sm90RowMap {
     return __int_as_float(top);
   }
   __device__ __forceinline__ RowStrip strip() const {
-    constexpr unsigned kWarps = 12, kFirstWarp = 4;
+    constexpr unsigned kWarps = 4 * kConsumers, kFirstWarp = 4;
     return RowStrip(p.map, blockIdx.x * kWarps + (unsigned(thread_id()) / 32 - kFirstWarp));
   }
 
@@ -81,9 +81,9 @@ class Sm90RowMap {
 }  // namespace dev
 
 template <AttnPoolKey kKey, bool kSum>
-struct Sm90PoolTraits : Sm90Traits<kKey.attention(), 3> {
+struct Sm90PoolTraits : Sm90Traits<kKey.attention()> {
   using Params = Sm90PoolParams;
-  using Map = dev::Sm90RowMap<kSum>;
+  using Map = dev::Sm90RowMap<kSum, Sm90Traits<kKey.attention()>::kConsumers>;
 };
 
 }  // namespace seer

@@ -20,32 +20,35 @@
 
 namespace seer::dev {
 
-// Counts loads per owner set, modulo 16, as SetCounters does, 32 entries at a time.
+// Counts loads per owner set as SetCounters does, 32 entries at a time.
 template <int kConsumers>
 class ChunkCounters {
+  using Counts = SetCounts<kConsumers>;
+
  public:
-  // Of every lane's entry: how many of its owner set came before it. By all lanes.
+  // Of the lane's entry: how many of its owner set came before it, modulo 16 at least. By all lanes.
   __device__ __forceinline__ int take(int owners) {
     const unsigned same = __match_any_sync(kFullWarp, owners);
     const int before = __popc(same & ((1u << (threadIdx.x % 32)) - 1));
     const int count = static_cast<int>(counts >> 4 * owners & 15) + before;
-    // One lane per set has its sum; sums without carry from set to set.
-    SetCounts<kConsumers> added =
-        before == 0 ? static_cast<SetCounts<kConsumers>>(__popc(same) & 15) << 4 * owners : 0;
-    if constexpr (kConsumers == 4) {
-      const uint32_t low = __reduce_or_sync(kFullWarp, static_cast<uint32_t>(added));
-      const uint32_t high = __reduce_or_sync(kFullWarp, static_cast<uint32_t>(added >> 32));
-      added = static_cast<uint64_t>(high) << 32 | low;
-    } else {
-      added = __reduce_or_sync(kFullWarp, added);
-    }
-    constexpr auto kTops = static_cast<SetCounts<kConsumers>>(0x8888888888888888u);
+    // One lane of each set has its number; then a sum without carries from set to set.
+    const Counts mine = before == 0 ? static_cast<Counts>(__popc(same) & 15) << 4 * owners : 0;
+    const Counts added = united(mine);
+    constexpr auto kTops = static_cast<Counts>(0x8888888888888888u);
     counts = ((counts & ~kTops) + (added & ~kTops)) ^ ((counts ^ added) & kTops);
     return count;
   }
 
  private:
-  SetCounts<kConsumers> counts = 0;
+  static __device__ __forceinline__ uint32_t united(uint32_t bits) {
+    return __reduce_or_sync(kFullWarp, bits);
+  }
+  static __device__ __forceinline__ uint64_t united(uint64_t bits) {
+    const uint64_t high = united(static_cast<uint32_t>(bits >> 32));
+    return high << 32 | united(static_cast<uint32_t>(bits));
+  }
+
+  Counts counts = 0;
 };
 
 template <class Traits>
@@ -386,7 +389,7 @@ class Consumer {
   float out[Traits::kHeadDim / 2];
   float scores[32];
   uint32_t weights[16];  // P, rounded and packed
-  uint32_t q[Traits::kQRegisterSteps > 0 ? Traits::kQRegisterSteps : 1][4];
+  uint32_t q[Traits::kQRegisterSteps][4];
 };
 
 }  // namespace seer::dev

@@ -2,8 +2,8 @@
 // Block-sparse attention forward for Hopper (compute capability 9.0): TMA and wgmma.
 //
 // What   out = softmax(scale * Q K^T, over visible columns) V, and the log-sum-exp of each row.
-// Shape  One persistent CTA per SM: a control warpgroup and three consumer warpgroups.
-//          scheduler   takes tiles (three times 64 query rows of one KV head) and merges their bit
+// Shape  One persistent CTA per SM: a control warpgroup and three or four consumer warpgroups.
+//          scheduler   takes tiles (64 query rows per consumer, of one KV head) and merges their bit
 //                      rows into one ordered stream of (KV tile, owners): sm90_scheduler.cuh
 //          K, V, Q     a warp each follows the stream and loads by TMA, far ahead:
 //                      sm90_loaders.cuh

@@ -114,8 +114,9 @@ struct Sm90Device {
   }
 };
 
-inline cudaError_t to_sm90_params(const BlockSparseAttnParams& params, int consumers, int cache_bytes,
-                                  Sm90Params* result) {
+template <class Traits>
+cudaError_t to_sm90_params(const BlockSparseAttnParams& params, int cache_bytes,
+                           Sm90Params* result) {
   Sm90Params& p = *result;
   const bool packed = params.cu_seqlens_q != nullptr;
   const int64_t rows_q = packed ? params.total_q : params.rows_q;
@@ -149,12 +150,12 @@ inline cudaError_t to_sm90_params(const BlockSparseAttnParams& params, int consu
   p.group = params.heads_q / params.heads_kv;
   p.rows_q = static_cast<int>(params.rows_q);
   p.rows_kv = static_cast<int>(params.rows_kv);
-  p.heads_per_bits = params.heads_q / params.block_bits.heads;
+  p.heads_per_bits = p.bits == nullptr ? params.heads_q : params.heads_q / params.block_bits.heads;
   // A good half of the cache: the rest sees queries and outputs pass.
   p.rows_in_cache = cache_bytes / 16 * 9 / (2 * 2 * params.head_dim);
   // With fewer row blocks than consumers, rows of one head would leave consumers without work.
   p.share_group = p.bits == nullptr || params.block_bits.heads <= params.heads_kv ||
-                  params.rows_q <= (consumers - 1) * 64;
+                  params.rows_q <= (Traits::kConsumers - 1) * Traits::kRows;
   p.wide_q = params.block_q == 128;
   p.wide_kv = params.block_kv == 128;
   p.causal = params.causal;
@@ -190,7 +191,7 @@ cudaError_t launch_sm90(const BlockSparseAttnParams& params, cudaStream_t stream
   cudaError_t error = Sm90Device::current(&device);
   if (error != cudaSuccess) return error;
   Sm90Params p;
-  error = to_sm90_params(params, Traits::kConsumers, device.cache_bytes, &p);
+  error = to_sm90_params<Traits>(params, device.cache_bytes, &p);
   if (error != cudaSuccess) return error;
   return enqueue_sm90<Traits>(p, device.processors, stream);
 }

@@ -12,19 +12,21 @@
 
 namespace seer::dev {
 
-// Counts loads per owner set, modulo 16: bits 0-2 choose the barrier, bit 3 is the phase's parity.
+// Counts loads per owner set: bits 0-2 of a count choose the barrier, bit 3 is the phase's parity.
 template <int kConsumers>
 class SetCounters {
+  using Counts = SetCounts<kConsumers>;
+
  public:
   __device__ __forceinline__ int take(int owners) {
     const int shift = 4 * owners;
     const int count = static_cast<int>(counts >> shift & 15);
-    counts = (counts & ~(SetCounts<kConsumers>{15} << shift)) | (static_cast<SetCounts<kConsumers>>(count + 1 & 15) << shift);
+    counts = (counts & ~(Counts{15} << shift)) | static_cast<Counts>(count + 1 & 15) << shift;
     return count;
   }
 
  private:
-  SetCounts<kConsumers> counts = 0;
+  Counts counts = 0;
 };
 
 // Coordinates of 64 rows from `row` on of a sequence of `rows` rows. Packed sequences use a map in

@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // The order in which a tile's consumers walk the KV tiles that they keep, found by one warp.
 //
-// The order inside a row is free, so it is chosen to keep the consumers level: KV tiles with the
-// same set of owners form a list, and the lists take turns, the longest first. As long as every
-// consumer has something of its own in each turn, nobody idles for long; where all keep the same
-// tiles, there is only one list.
+// The order inside a row is free, so it is chosen to load little and to keep the consumers level.
+// KV tiles with the same set of owners are a list; a list and the one of all other consumers are a
+// couple. Then
+//   1. KV tiles that all own (one load serves all);
+//   2. couples take turns, as long as both lists last: a tile of each, so a turn of a couple has
+//      work for everybody;
+//   3. what is left of the couples takes turns, a tile each.
+// In both, the longest goes first. So whoever has a turn has it behind all that are longer, and
+// the turns before were min(turn, length) of every couple.
 //
 // It is found for a window of up to 256 KV tiles, as many neighbours per lane as it takes, without
-// a loop over tiles. The tile of rank r of its list comes behind r turns,
-//     min(r, length) tiles of every list,
-// and in its turn behind one tile of every longer list. Each lane knows how many tiles of each list
-// lower lanes hold (list c is byte c), and lane c the number of lists longer than list c.
+// a loop over tiles: a tile's place follows from its list, its rank in the list, and the lengths.
 #pragma once
 
 #include <cstdint>
@@ -20,74 +22,60 @@
 
 namespace seer::dev {
 
-// What the warp keeps in shared memory: registers are short.
+// What the scheduler has in shared memory, because registers are short. Lists are numbered by their
+// owners, a bit per consumer; couples by the lower one of their lists.
 template <int kConsumers>
 struct alignas(16) OrderTables {
   static constexpr int kWords = (1 << kConsumers) / 4;
-  uint32_t before[32][kWords];  // of every lane: tiles of each list in lower lanes, in bytes
-  uint32_t lengths[2 * kWords];  // of the lists, in halves
+  uint32_t before[32][kWords];  // by lane: tiles of each list in lower lanes, a byte per list
+  uint32_t turns[2][kWords];    // how many a couple has in steps 2 and 3, two couples per word
 };
 
 template <int kConsumers>
 class Order {
   using Tables = OrderTables<kConsumers>;
-  static constexpr int kWords = Tables::kWords;
-  static constexpr int kLists = 4 * kWords;  // the first one has no owners, and no length
 
  public:
   static constexpr int kTiles = 256;  // of a window, at most
-  static constexpr int kLaneTiles = kTiles / 32;
 
   int entries;  // of the window
 
-  // Takes the lane's bits of each consumer: its KV tiles, the lowest first.
+  // Takes the lane's bits of each consumer: its KV tiles, the lowest first, 8 at most.
   __device__ __forceinline__ void sort(const uint32_t (&keeps)[kConsumers], Tables& tables) {
-    const int lane = lane_id();
-    bits = 0;
     uint32_t any = 0;
+    bits = 0;
 #pragma unroll
     for (int i = 0; i < kConsumers; ++i) {
-      bits |= keeps[i] << 8 * i;
       any |= keeps[i];
+      bits |= keeps[i] << 8 * i;
     }
     entries = static_cast<int>(__reduce_add_sync(kFullWarp, __popc(any)));
 
-    int length = 0;  // of list `lane`
+    // Every lane knows its own list, of which it is the number, and the couple of that.
+    const int lane = lane_id(), couple = min(lane, lane ^ kAll);
+    const int length = count(keeps, tables), other = __shfl_xor_sync(kFullWarp, length, kAll);
+    const int all = __shfl_sync(kFullWarp, length, kAll);
+    const int both = couple == 0 ? 0 : min(length, other);
+    const int rest = couple == 0 ? 0 : max(length, other) - both;
+    const uint32_t turns = both | rest << 16;
+    int pairs = 0, ahead = 0, rests_ahead = 0;  // couples with longer turns
 #pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-      uint32_t own = 0;
-#pragma unroll
-      for (int byte = 0; byte < 4; ++byte) {
-        uint32_t set = word + byte > 0 ? 0xffu : 0u;
-#pragma unroll
-        for (int i = 0; i < kConsumers; ++i) {
-          set &= (4 * word + byte) >> i & 1 ? keeps[i] : ~keeps[i];
-        }
-        own += static_cast<uint32_t>(__popc(set)) << 8 * byte;
-      }
-      // Sums over this and lower lanes. All 256 tiles of one list overflow a byte, in the last
-      // lane; the subtraction undoes what that does to its neighbour.
-      uint32_t until = own;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const uint32_t other = __shfl_up_sync(kFullWarp, until, step);
-        if (lane >= step) until += other;
-      }
-      const uint32_t before = until - own;
-      tables.before[lane][word] = before;
-      const uint32_t last = __shfl_sync(kFullWarp, before, 31);
-      const uint32_t last_own = __shfl_sync(kFullWarp, own, 31);
-      if (lane / 4 == word) length = byte_at(last, 0, lane % 4) + byte_at(last_own, 0, lane % 4);
+    for (int i = 1; i <= kAll / 2; ++i) {
+      const uint32_t of_couple = __shfl_sync(kFullWarp, turns, i);
+      const int its_both = of_couple & 0xffff, its_rest = of_couple >> 16;
+      pairs += its_both;
+      ahead += its_both > both || (its_both == both && i < couple);
+      rests_ahead += its_rest > rest || (its_rest == rest && i < couple);
     }
-
-    longer = 0;
-#pragma unroll
-    for (int list = 1; list < kLists; ++list) {
-      const int other = __shfl_sync(kFullWarp, length, list);
-      longer += other > length || (other == length && list < lane);
+    // In a turn, the list with more owners comes first.
+    const bool second = 2 * __popc(lane) + (lane == couple) <= kConsumers;
+    place_of_list = both | (all + 2 * ahead + second) << 10 | (all + 2 * pairs + rests_ahead) << 20;
+    const uint32_t next = __shfl_down_sync(kFullWarp, turns, 1);
+    __syncwarp();  // all lanes have read the last window's
+    if (lane < kAll / 2 && lane % 2 == 0) {
+      tables.turns[0][lane / 2] = __byte_perm(turns, next, 0x5410);  // the lower halves
+      tables.turns[1][lane / 2] = __byte_perm(turns, next, 0x7632);
     }
-    const int next = __shfl_down_sync(kFullWarp, length, 1);
-    if (lane < kLists && lane % 2 == 0) tables.lengths[lane / 2] = length | next << 16;
     __syncwarp();
   }
 
@@ -109,28 +97,74 @@ class Order {
         const uint32_t one = 1u << owners % 4 * 8;
 #pragma unroll
         for (int word = 0; word < kWords; ++word) rank[word] += owners / 4 == word ? one : 0;
-
-        uint32_t turns = 0;  // two sums of halves: a window has no more than 256 entries
-#pragma unroll
-        for (int pair = 0; pair < 2 * kWords; ++pair) {
-          turns += __vminu2(tables.lengths[pair], static_cast<uint32_t>(r) * 0x10001u);
-        }
-        const int place = static_cast<int>((turns & 0xffff) + (turns >> 16)) +
-                          __shfl_sync(kFullWarp, longer, owners);
-        visit(i, owners, place);
+        visit(i, owners, place(owners, r, tables));
       }
     }
   }
 
  private:
-  static constexpr int kAtOnce = 4;
+  static constexpr int kWords = Tables::kWords;
+  static constexpr int kAll = (1 << kConsumers) - 1;  // the list that all own
+  static constexpr int kAtOnce = 4;                   // tiles of a lane
 
   static __device__ __forceinline__ int byte_at(uint32_t low, uint32_t high, int index) {
     return static_cast<int>(__byte_perm(low, high, index) & 255);
   }
 
+  // The length of the list that the lane is the number of; fills tables.before.
+  static __device__ __forceinline__ int count(const uint32_t (&keeps)[kConsumers], Tables& tables) {
+    const int lane = lane_id();
+    int length = 0;
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      uint32_t own = 0;
+#pragma unroll
+      for (int byte = 0; byte < 4; ++byte) {
+        const int list = 4 * word + byte;
+        uint32_t tiles = list == 0 ? 0 : 0xff;
+#pragma unroll
+        for (int i = 0; i < kConsumers; ++i) tiles &= list >> i & 1 ? keeps[i] : ~keeps[i];
+        own += static_cast<uint32_t>(__popc(tiles)) << 8 * byte;
+      }
+      // Sums over this and lower lanes. All 256 tiles of one list overflow a byte, in the last
+      // lane; the subtraction undoes what that does to its neighbour.
+      uint32_t until = own;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const uint32_t lower = __shfl_up_sync(kFullWarp, until, step);
+        if (lane >= step) until += lower;
+      }
+      const uint32_t before = until - own;
+      tables.before[lane][word] = before;
+      const uint32_t last_before = __shfl_sync(kFullWarp, before, 31);
+      const uint32_t last_own = __shfl_sync(kFullWarp, own, 31);
+      if (lane / 4 == word) {
+        length = byte_at(last_before, 0, lane % 4) + byte_at(last_own, 0, lane % 4);
+      }
+    }
+    return length;
+  }
+
+  // Where the tile of rank `r` of its list goes.
+  __device__ __forceinline__ int place(int owners, int r, const Tables& tables) const {
+    const uint32_t of_list = __shfl_sync(kFullWarp, place_of_list, owners);
+    const int both = of_list & 1023;
+    const bool rest = r >= both;
+    const uint32_t turn = rest ? r - both : r;
+    uint32_t sums = 0;  // of the couples' turns before, two in halves
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      sums += __vminu2(tables.turns[rest][word], turn * 0x10001u);
+    }
+    const int turns = (sums & 0xffff) + (sums >> 16);
+    const int in_couples = rest ? (of_list >> 20) + turns : (of_list >> 10 & 1023) + 2 * turns;
+    return owners == kAll ? r : in_couples;
+  }
+
   uint32_t bits;  // 8 of each consumer
-  int longer;     // lists that are longer than list `lane`
+  // Of list `lane`, 10 bits each: its tiles in step 2, and the places of its first tiles in the
+  // first turns of steps 2 and 3.
+  uint32_t place_of_list;
 };
 
 }  // namespace seer::dev

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The scheduler warp of the Hopper kernel: takes tiles from the launch's counter and turns the bit
-// rows of a tile's three units into ONE ordered stream of (KV tile, owners), page by page. The
+// rows of a tile's units into ONE ordered stream of (KV tile, owners), page by page. The
 // order is that of sm90_order.cuh.
 //
 // Tiles whose softmax ran out of its fixed range (sm90_softmax.cuh) come back here: a consumer
@@ -29,6 +29,7 @@ class Scheduler {
   using Order = dev::Order<Traits::kConsumers>;
   using Tables = OrderTables<Traits::kConsumers>;
   static_assert(sizeof(Tables) == Traits::kOrderBytes);
+  static_assert(Traits::kSmemOrder % alignof(Tables) == 0);
 
  public:
   __device__ __forceinline__ Scheduler(const Sm90Params& params, SmemAddress shared)

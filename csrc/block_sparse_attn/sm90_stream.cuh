@@ -29,9 +29,9 @@ __device__ __forceinline__ int barrier_index(int owners, int count) {
   return (owners - 1) * kBarriersPerSet + (count & (kBarriersPerSet - 1));
 }
 
-// Four bits for each owner set: loads modulo 16.
+// Loads counted per owner set, modulo 16: four bits for each.
 template <int kConsumers>
-using SetCounts = std::conditional_t<(kConsumers > 3), uint64_t, uint32_t>;
+using SetCounts = std::conditional_t<(1 << kConsumers) * 4 <= 32, uint32_t, uint64_t>;
 
 // A reader's place in the ring of pages.
 template <class Traits>

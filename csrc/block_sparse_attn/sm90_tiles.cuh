@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the tiles of the Hopper kernel are, and in which order they are handed out.
 //
-// A tile is three units of one KV head, one per consumer; a unit is 64 query rows of one query
+// A tile is a unit of one KV head per consumer; a unit is 64 query rows of one query
 // head. Where the heads of a group keep the same blocks (a mask per KV head, or none), the units
 // of a tile are heads of the group first, so that they share every K/V load; otherwise they are
 // neighbouring rows of one head.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compile-time shape of the Hopper block-sparse attention kernel: roles, stages, the shared-memory
-// map, and the parameters its launcher hands over. The design is told in docs/block_sparse_attn.md.
+// map, and the parameters its launcher hands over. The design is told in
+// docs/block_sparse_attn_hopper.md.
 #pragma once
 
 #include <cuda.h>
@@ -35,7 +36,7 @@ struct alignas(16) Sm90Page {
   int q_start, kv_start;  // its first packed rows (0 if not varlen)
   int redo;               // written by consumers: bit per warp whose result left the range
   int redo_of;            // of a careful tile: the warps that it is streamed again for
-  Sm90Unit units[4];  // one per consumer
+  Sm90Unit units[4];      // one per consumer
 
   static constexpr int kFirst = 1, kLast = 2;  // page of its tile
   static constexpr int kCareful = 4;
@@ -57,7 +58,7 @@ struct Sm90Divisors {
 
 struct Sm90Params;
 
-template <BlockSparseAttnKey kKey, int kConsumers_ = kKey.head_dim == 64 ? 4 : 3>
+template <BlockSparseAttnKey kKey>
 struct Sm90Traits {
   using Params = Sm90Params;
   using Map = dev::Sm90NoMap;
@@ -65,24 +66,26 @@ struct Sm90Traits {
 
   static constexpr int kHeadDim = kKey.head_dim;
   // A consumer warpgroup owns 64 query rows of one head, whatever block_q is; KV moves in tiles of
-  // 64 rows, whatever block_kv is. One wgmma m64 per warpgroup and step: three of them share each
-  // K/V tile, and while one is in its softmax, two keep the tensor cores busy.
+  // 64 rows, whatever block_kv is. One wgmma m64 per warpgroup and step: the consumers share each
+  // K/V tile, and while one is in its softmax, the others keep the tensor cores busy. At head_dim 64
+  // a product takes no longer than its softmax, and accumulators leave room for a fourth.
   static constexpr int kRows = 64;
   static constexpr int kTileKv = 64;
-  static constexpr int kConsumers = kConsumers_;
+  static constexpr int kConsumers = kHeadDim == 64 ? 4 : 3;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  // 65536 registers: 128 x 32 + 384 x 160.
+  // 128 x 32 + 384 x 160 are all of the 65536 registers. 640 threads start with 96 each, 61440 in
+  // all: 128 x 32 + 512 x 112.
   static constexpr int kControlRegisters = 32;
   static constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : 160;
   // Of the head_dim / 16 k-steps of Q K^T, as many take Q from registers as fit without spills: a
   // product whose operands both lie in shared memory saturates it (128 B per clock).
-  static constexpr int kQRegisterSteps = kConsumers == 4 ? 0 : kHeadDim == 128 ? 5 : 4;
+  static constexpr int kQRegisterSteps = kConsumers == 4 ? 1 : kHeadDim == 128 ? 5 : 4;
 
   static constexpr int kStageBytes = kTileKv * kHeadDim * 2;
   static constexpr int kPanelBytes = kTileKv * 128;  // 64 columns of a tile
   static constexpr int kStagesK = kHeadDim == 128 ? 6 : 8;
   static constexpr int kStagesV = kHeadDim == 128 ? 5 : 8;
-  // Loads are told apart by the set of consumers that own them: 7 sets. A consumer waits for every
+  // Loads are told apart by the set of consumers that own them. A consumer waits for every
   // load of the sets that it belongs to, so no wait ever skips a phase. At most kStages loads of a
   // set are in flight; 8 barriers per set make the index a mask.
   static constexpr int kOwnerSets = (1 << kConsumers) - 1;
@@ -106,12 +109,12 @@ struct Sm90Traits {
   static constexpr int kSmemPage = kSmemV + kStagesV * kStageBytes;
   static constexpr int kSmemEntries = kSmemPage + kPages * int(sizeof(Sm90Page));
   static constexpr int kSmemCurrent = kSmemEntries + kPages * kPageEntries * 4;
-  static constexpr int kSmemPending = kSmemCurrent + int(sizeof(Sm90Page));
+  static constexpr int kSmemOrder = kSmemCurrent + int(sizeof(Sm90Page));  // OrderTables
+  static constexpr int kOrderBytes = (32 * 4 + 8) * (1 << kConsumers) / 4;
+  static constexpr int kSmemPending = kSmemOrder + kOrderBytes;
   static constexpr int kSmemSearch = kSmemPending + kPages * kPendingBytes;
   static constexpr int kSmemRows = kSmemSearch + int(sizeof(Sm90Search));
-  static constexpr int kSmemOrder = kSmemRows + (kConsumers + 1) / 2 * 16;
-  static constexpr int kOrderBytes = (32 * 4 + 8) * (1 << kConsumers) / 4;
-  static constexpr int kSmemBarriers = kSmemOrder + kOrderBytes;
+  static constexpr int kSmemBarriers = kSmemRows + kConsumers * int(sizeof(const uint32_t*));
   static constexpr int kFullK = kSmemBarriers;  // [owner set - 1][kBarriersPerSet]
   static constexpr int kFullV = kFullK + 8 * kOwnerSets * kBarriersPerSet;
   static constexpr int kEmptyK = kFullV + 8 * kOwnerSets * kBarriersPerSet;  // [stage]

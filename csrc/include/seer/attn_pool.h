@@ -85,7 +85,8 @@ int64_t attn_pool_map_elements(const AttnPoolParams& params);
 
 // Size of AttnPoolParams::workspace on the current device: for each row that is being computed
 // somewhere on the device, 4 bytes for every 64 columns of the longest sequence. Independent of
-// rows_q, heads and batch: 52 MB at 32768 columns on 132 processors of compute capability 9.0.
+// rows_q, heads and batch: 52 MB at 32768 columns and head_dim 128 on 132
+// processors of compute capability 9.0.
 Status attn_pool_workspace(const AttnPoolParams& params, int64_t* bytes);
 
 // Enqueues the kernel on `stream` of the current device, behind a memset of `pooled` where it does
