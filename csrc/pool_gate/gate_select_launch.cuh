@@ -60,23 +60,31 @@ inline bool pairs_short_tiles(const GateScoresParams& p) {
   return true;
 }
 
-template <class Element, int kDim, bool kPacked>
-cudaError_t launch_threshold_short(const GateSelectParams& p, cudaStream_t stream) {
-  constexpr auto kKernel = &dev::select_threshold_short<Element, kDim, kPacked>;
-  if (cudaError_t error = allow_shared_memory<kKernel>(dev::short_smem_bytes<kDim>(true));
-      error != cudaSuccess) {
+template <class Element, int kDim, bool kPacked, bool kPairs>
+cudaError_t enqueue_threshold_short(const GateSelectParams& p, cudaStream_t stream) {
+  constexpr auto kKernel = &dev::select_threshold_short<Element, kDim, kPacked, kPairs>;
+  constexpr int kSmemBytes = dev::short_smem_bytes<kDim, kPairs>();
+  if (cudaError_t error = allow_shared_memory<kKernel>(kSmemBytes); error != cudaSuccess) {
     return error;
   }
   const GateScoresParams& gate = p.gate;
-  const bool pairs = pairs_short_tiles(gate);
   const dev::ShortGrid places = {dev::Divisor::of(gate.heads_q),
-                                 dev::Divisor::of(gate.heads_q / gate.heads_k), pairs};
+                                 dev::Divisor::of(gate.heads_q / gate.heads_k)};
   const int64_t tiles = ceil_div(gate.blocks_q, dev::kShortRows);
   const dim3 grid(static_cast<unsigned>(int64_t{gate.batch} * gate.heads_q),
-                  static_cast<unsigned>(pairs ? ceil_div(tiles, 2) : tiles));
-  const int warps = pairs ? dev::kPairWarps : dev::kClasses;
-  kKernel<<<grid, 32 * warps, dev::short_smem_bytes<kDim>(pairs), stream>>>(p, places);
+                  static_cast<unsigned>(kPairs ? ceil_div(tiles, 2) : tiles));
+  kKernel<<<grid, 32 * dev::kShortWarps<kPairs>, kSmemBytes, stream>>>(p, places);
   return cudaGetLastError();
+}
+
+template <class Element, int kDim>
+cudaError_t launch_threshold_short(const GateSelectParams& p, cudaStream_t stream) {
+  if (p.gate.cu_seqlens_q != nullptr) {
+    return enqueue_threshold_short<Element, kDim, true, false>(p, stream);
+  }
+  return pairs_short_tiles(p.gate)
+             ? enqueue_threshold_short<Element, kDim, false, true>(p, stream)
+             : enqueue_threshold_short<Element, kDim, false, false>(p, stream);
 }
 
 template <class Element, int kDim, class Rule, bool kPacked>
@@ -115,8 +123,7 @@ int launch_gate_select_variant(const GateSelectParams& p, CUstream_st* stream) {
       const bool packed = p.gate.cu_seqlens_q != nullptr;
       constexpr int64_t kGridY = 65535;  // the most tiles of rows that the grid takes
       if (p.gate.blocks_kv <= dev::kShortBlocks && p.gate.blocks_q <= kGridY * dev::kShortRows) {
-        return packed ? launch_threshold_short<Element, kKey.dim, true>(p, stream)
-                      : launch_threshold_short<Element, kKey.dim, false>(p, stream);
+        return launch_threshold_short<Element, kKey.dim>(p, stream);
       }
       // With the sizes of a packed sequence besides, the wide kernel would not fit its registers.
       if (packed) return launch_threshold<Element, kKey.dim, 1, true>(p, stream);

@@ -19,19 +19,21 @@ constexpr int kShortRows = 32;
 constexpr int kShortDepth = 2;  // slices of 32 channels on their way
 constexpr int kPairWarps = kClasses + 1;
 
-// CTA (x, y) has head x of all heads of the batch and the y-th longest of its tiles of rows, with
-// `pairs` (CTAs of kPairWarps, not kClasses) the y-th shortest as well.
+// CTA (x, y) has head x of all heads of the batch and the y-th longest of its tiles of rows, of
+// pairs the y-th shortest as well.
 struct ShortGrid {
   Divisor heads, group;  // by heads_q, by query heads per KV head
-  bool pairs;
 };
+
+template <bool kPairs>
+constexpr int kShortWarps = kPairs ? kPairWarps : kClasses;
 
 // Queries of a CTA's rows, then the keys that are on their way: at most 88 KB, which a CTA may have
 // on every GPU.
-template <int kDim>
-constexpr int short_smem_bytes(bool pairs) {
-  const int tiles = pairs ? 2 : 1, warps = pairs ? kPairWarps : kClasses;
-  return tiles * 2 * kDim * kShortRows + warps * kShortDepth * 64 * kShortColumns;
+template <int kDim, bool kPairs>
+constexpr int short_smem_bytes() {
+  return (kPairs ? 2 : 1) * 2 * kDim * kShortRows +
+         kShortWarps<kPairs> * kShortDepth * 64 * kShortColumns;
 }
 
 // What a warp works on: column tile `warp - first_warp` of the tile of rows at at.first_row.
@@ -48,7 +50,7 @@ __device__ __forceinline__ int short_classes(const GateScoresParams& p, const Ga
   return (most + kShortColumns - 1) / kShortColumns;
 }
 
-template <bool kPacked>
+template <bool kPacked, bool kPairs>
 __device__ __forceinline__ ShortPlace short_place(const GateScoresParams& p, const ShortGrid& grid,
                                                   int warp) {
   const int x = static_cast<int>(blockIdx.x), y = static_cast<int>(blockIdx.y);
@@ -57,9 +59,9 @@ __device__ __forceinline__ ShortPlace short_place(const GateScoresParams& p, con
   ShortPlace place = {
       place_of_head<kPacked>(p, batch, x - batch * p.heads_q, kShortRows * (tiles - 1 - y))};
   place.long_row = place.at.first_row;
-  place.short_row = grid.pairs ? kShortRows * y : place.long_row;
+  place.short_row = kPairs ? kShortRows * y : place.long_row;
   place.classes = short_classes(p, place.at, place.long_row);
-  if (place.short_row < place.long_row && warp >= place.classes) {
+  if (kPairs && place.short_row < place.long_row && warp >= place.classes) {
     place.at.first_row = place.short_row;
     place.first_warp = place.classes;
     place.classes = short_classes(p, place.at, place.short_row);
@@ -68,10 +70,8 @@ __device__ __forceinline__ ShortPlace short_place(const GateScoresParams& p, con
 }
 
 // From the products of a warp's tile to its bits.
-template <bool kPacked>
-__device__ __forceinline__ void finish_short(const GateSelectParams& p, const ShortGrid& grid,
-                                             const ShortPlace& place, int warp,
-                                             const float (&c)[2][kShortColumns / 8][4],
+__device__ __forceinline__ void finish_short(const GateSelectParams& p, const ShortPlace& place,
+                                             int warp, const float (&c)[2][kShortColumns / 8][4],
                                              float2 (*sums)[kShortRows]) {
   constexpr int kRows = 4, kWords = kShortColumns / kWordColumns;
   const GateScoresParams& gate = p.gate;
@@ -123,20 +123,21 @@ __device__ __forceinline__ void finish_short(const GateSelectParams& p, const Sh
   }
 }
 
-// Two CTAs of 9 warps are five warps to some quarter of a multiprocessor: 96 registers each.
-template <class Element, int kDim, bool kPacked>
-__global__ void __launch_bounds__(32 * kPairWarps, 2)
+// Two CTAs of 8 warps leave 128 registers to each. Of 9 they leave 96: five of 18 warps share a
+// quarter of a multiprocessor.
+template <class Element, int kDim, bool kPacked, bool kPairs>
+__global__ void __launch_bounds__(32 * kShortWarps<kPairs>, 2)
     select_threshold_short(const __grid_constant__ GateSelectParams p,
                            const __grid_constant__ ShortGrid grid) {
   constexpr int kWords = kShortColumns / kWordColumns, kTiles = kShortColumns / 8;
   constexpr int kSlices = kDim / 32, kQuerySlice = 64 * kShortRows, kKeySlice = 64 * kShortColumns;
-  __shared__ float2 sums[kPairWarps][kShortRows];
+  __shared__ float2 sums[kShortWarps<kPairs>][kShortRows];
   const GateScoresParams& gate = p.gate;
   const int lane = lane_id(), warp = __shfl_sync(kFullWarp, thread_id() / 32, 0);
 
-  const ShortPlace place = short_place<kPacked>(gate, grid, warp);
+  const ShortPlace place = short_place<kPacked, kPairs>(gate, grid, warp);
   const GatePlace& at = place.at;
-  const bool pairs = place.short_row < place.long_row;
+  const bool pairs = kPairs && place.short_row < place.long_row;
   const int column = kShortColumns * (warp - place.first_warp);
   const bool works = warp - place.first_warp < place.classes;
 
@@ -175,9 +176,9 @@ __global__ void __launch_bounds__(32 * kPairWarps, 2)
   }
   // Keys: a lane's own, as it will read them; kShortDepth slices on their way.
   const char* const queries =
-      smem + (at.first_row < place.long_row ? kSlices * kQuerySlice : 0) + lane * 16;
-  const char* const ring = smem + (grid.pairs ? 2 : 1) * kSlices * kQuerySlice +
-                           warp * kShortDepth * kKeySlice + lane * 16;
+      smem + (pairs && at.first_row < place.long_row ? kSlices * kQuerySlice : 0) + lane * 16;
+  const char* const ring =
+      smem + (kPairs ? 2 : 1) * kSlices * kQuerySlice + warp * kShortDepth * kKeySlice + lane * 16;
   const char* keys = gate_rows(gate.k_gate, at.batch, grid.group.quotient(at.head)) +
                      2 * (column + lane / 4) * gate.k_gate.row_stride + lane % 4 * 16;
   const auto load = [&](int s) {
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(32 * kPairWarps, 2)
     if (word >= words) return;
     const int end = min(first + kShortRows, static_cast<int>(gate.blocks_q));
 #pragma unroll 1
-    for (int row = first + thread_id() / 16; row < end; row += grid.pairs ? 18 : 16) {
+    for (int row = first + thread_id() / 16; row < end; row += 2 * kShortWarps<kPairs>) {
       bits[int64_t{row} * words + word] = 0;
     }
   };
@@ -220,11 +221,12 @@ __global__ void __launch_bounds__(32 * kPairWarps, 2)
   }
   __syncthreads();  // the queries of all threads
 
-  constexpr int kTogether = kDim == 128 ? 2 : 1;  // m-tiles: what fits the registers
+  constexpr bool kShort = kPairs || kPacked;                // of registers
+  constexpr int kTogether = kShort && kDim != 128 ? 1 : 2;  // m-tiles
   float c[2][kTiles][4] = {};
   if (works) {
-    // Unrolled, the loads of several slices take more registers than there are.
-#pragma unroll 1
+    // Unrolled, the loads of several slices take more registers than 96.
+#pragma unroll(kShort ? 1 : 2)
     for (int s = 0; s < kSlices; ++s) {
 #pragma unroll
       for (int first = 0; first < 2; first += kTogether) {
@@ -252,7 +254,7 @@ __global__ void __launch_bounds__(32 * kPairWarps, 2)
   }
   // Anew, so that none of it is held in registers through the products.
   const int again = __shfl_sync(kFullWarp, thread_id() / 32, 0);
-  finish_short<kPacked>(p, grid, short_place<kPacked>(gate, grid, again), again, c, sums);
+  finish_short(p, short_place<kPacked, kPairs>(gate, grid, again), again, c, sums);
 }
 
 }  // namespace seer::dev

@@ -2,7 +2,7 @@
 """Windows that go through a frozen model once, however often its gates learn from them.
 
 A gate sees a prompt pooled over blocks, and its target is a map of blocks: at blocks of 64 both are
-a small part of what the model computes for them. Kept, they make a training step a hundred times
+a small part of what the model computes for them. Kept, they make a training step some twenty times
 cheaper than the model's forward, so that gates can be trained for longer, on the same windows in
 another order each time.
 """
