@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from seer_cuda.block_mask import ceil_div
+from seer_cuda._contracts import ceil_div
 
 if TYPE_CHECKING:
     from seer_cuda.gate import AttnGate
