@@ -270,6 +270,15 @@ def test_attention_takes_sizes_from_the_mask(device, seed):
         seer_cuda.block_sparse_attn(q, k, v, "full")
 
 
+def test_plot_of_no_heads():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    _, mask = make(heads=3)
+    for figure in (mask.plot(max_heads=0), mask.select_heads(slice(0)).plot()):
+        assert not [axes for axes in figure.axes if axes.images]
+        matplotlib.pyplot.close(figure)
+
+
 def test_plot_draws_one_panel_per_head(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from seer_cuda._contracts import check_block
 from seer_cuda._gate_kl import GateKL
 
 #: The factor on the sum of all layers' losses in both recipes.
@@ -64,13 +65,22 @@ def target_decode(
         sequence's first block are zero.
 
     Raises:
-        ValueError: group does not divide the heads.
+        ValueError: group does not divide the heads, block is below 1, or positions have another
+            shape.
     """
+    check_block("target_decode", "block", block)
     heads = pooled.shape[-3]
     if group < 1 or heads % group:
         raise ValueError(
             f"seer::target_decode: group: expected a divisor of the {heads} heads, got {group}. "
             "Pass heads_q // heads_kv."
+        )
+    rows, lead = pooled.shape[-2], tuple(pooled.shape[:-3])
+    if positions is not None and tuple(positions.shape) not in ((rows,), (*lead, rows)):
+        wanted = f"[{rows}]" + (f" or {[*lead, rows]}" if lead else "")
+        raise ValueError(
+            f"seer::target_decode: positions: expected {wanted}, got {list(positions.shape)}. Pass "
+            "one position per row of the map."
         )
     pooled = pooled.detach().to(torch.float32).unflatten(-3, (heads // group, group)).amax(-3)
     if positions is None:
@@ -164,7 +174,7 @@ def gate_loss(
     maps = math.prod(scores.shape[:-2])
     if reduction == "element_mean":
         maps *= blocks
-    return (terms * weight).sum() * (loss_scale / maps)
+    return (terms * weight).sum() * (loss_scale / max(1, maps))
 
 
 def gate_kl(

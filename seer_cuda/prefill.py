@@ -64,8 +64,8 @@ def gate_mask(
 
     Raises:
         ValueError: q, k or positions of another shape, rows_kv < rows_q, queries that do not
-            start at a multiple of the block, or one of cu_seqlens without the other, or both with a
-            cache.
+            start at a multiple of the block, one of cu_seqlens without the other, both with a
+            cache, or a cache of another gate.
         RuntimeError: refused by an op.
     """
     block = gate.config.block
@@ -84,6 +84,11 @@ def gate_mask(
             rows_q, rows_kv = q.shape[1], k.shape[1]
             q_gate, k_gate = gate.embed(q, k, positions)
         else:
+            if k.gate is not gate:
+                raise ValueError(
+                    "seer::gate_mask: gate: expected the gate of the cache k, got another one. "
+                    "Make a cache for each gate."
+                )
             rows_q, rows_kv, k_gate = q.shape[1], k.rows, k.keys
             first = rows_kv - rows_q
             if first < 0:
