@@ -139,6 +139,7 @@ def test_what_cannot_be_used_is_one_line(folders, tmp_path, capsys):
 def test_a_model_that_cannot_be_read_is_one_line(folders, tmp_path, capsys):
     (tmp_path / "config.json").write_text((folders / "model" / "config.json").read_text())
     assert distill(folders, tmp_path / "out", "--model", str(tmp_path)) == cli.USAGE
+    (tmp_path / "model.safetensors").write_bytes(b"no header")
     paths = ["--model", tmp_path, "--gates", tmp_path, "--text", folders / "text"]
     assert cli.main(["eval", *map(str, paths), "--device", "cpu"]) == cli.USAGE
     lines = capsys.readouterr().err.splitlines()

@@ -190,6 +190,12 @@ def test_wrong_calls_are_explained(seed):
             call()
 
 
+def test_a_rule_is_no_string(seed):
+    q, k, *_ = layer_inputs(128, seed=seed)
+    with pytest.raises(TypeError, match=r"seer::gate_mask: select: expected .+, got 'topk'\. "):
+        gate_mask(q, k, make_gate(seed=seed), "topk")
+
+
 def test_a_cache_of_another_gate_is_refused(seed):
     gate, other = make_gate(seed=seed), make_gate(seed=seed + 1)
     q, k, *_ = layer_inputs(128, seed=seed)

@@ -96,6 +96,15 @@ class Rule:
         check_forced("Rule", self.sink, self.local, self.dense_last_rows)
 
 
+def check_rule(op: str, name: str, rule: object) -> None:
+    """TypeError unless this is a `Rule`."""
+    if not isinstance(rule, Rule):
+        raise TypeError(
+            f"seer::{op}: {name}: expected a seer_cuda.Rule, got {rule!r}. Pass e.g. "
+            'Rule("topk", 16, local=1).'
+        )
+
+
 def density_to_k(density: float, blocks_kv: int) -> int:
     """Blocks per row whose causal top-k mask keeps about `density` of the visible blocks.
 

@@ -309,8 +309,10 @@ def open_model(folder: str, device: str, dtype: torch.dtype | None = None) -> tu
     try:
         model = load_model(folder, local_files_only=True, **{name: dtype or default})
         tokenizer = load_tokenizer(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # each format of weights breaks in ways of its own
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise RunError(
             f"--model: expected a model and its tokenizer in {folder}, got: {reason}"
         ) from error
