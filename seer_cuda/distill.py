@@ -207,8 +207,9 @@ def gate_kl(
             left out.
 
     Returns:
-        fp32 scalar (float64 for float64 embeddings), differentiable once in q_gate and k_gate.
-        Rows without a target or a visible block add 0 and count in the mean. NaN if a score is.
+        fp32 scalar (float64 for float64 embeddings), differentiable once in q_gate and k_gate,
+        in reverse mode only. Rows without a target or a visible block add 0 and count in the mean.
+        NaN if a score is.
 
     Raises:
         ValueError: unknown reduction, embeddings that do not fit each other, a map of another

@@ -322,8 +322,8 @@ class AttnGate(nn.Module):
     def forward(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> Tensor:
         """Gate scores, fp32 ``[batch, heads_q, blocks_q, blocks_kv]``, -inf where not visible.
 
-        Arguments and errors as in `embed`. Differentiable in the weights, q and k; this is what
-        `seer_cuda.distill.gate_loss` takes.
+        Arguments and errors as in `embed`. Differentiable in the weights, q and k, in reverse
+        mode only; this is what `seer_cuda.distill.gate_loss` takes.
         """
         return gate_scores(*self.embed(q, k, positions))
 

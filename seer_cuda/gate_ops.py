@@ -85,8 +85,8 @@ def pool_gate(
         ``[batch, ceil(rows / block), heads_out, gate_dim]`` of x's dtype. Products and RoPE in
         fp32, pooled values rounded to x's dtype before the product, one rounding at the end.
 
-    Differentiable in x and weight; max and min pass the gradient to the first element that
-    attains them.
+    Differentiable in x and weight, in reverse mode only: forward mode drops tangents. max and min
+    pass the gradient to the first element that attains them.
 
     Raises:
         ValueError, TypeError: pools.
@@ -127,7 +127,8 @@ def gate_scores(
 
     Returns:
         fp32 ``[batch, heads_q, blocks_q, blocks_kv]``, -inf where not visible. Differentiable in
-        both embeddings; the gradient of a hidden score is dropped.
+        both embeddings, in reverse mode only: forward mode drops tangents; the gradient of a
+        hidden score is dropped.
 
     Raises:
         RuntimeError: refused by the op.
