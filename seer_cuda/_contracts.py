@@ -33,9 +33,9 @@ def check_counts(op: str, remedy: str, **counts: int) -> None:
             )
 
 
-def check_rows(op: str, **rows: int) -> None:
+def check_rows(op: str, name: str, rows: int) -> None:
     """ValueError if a number of tokens is negative."""
-    check_counts(op, "Pass the number of tokens.", **rows)
+    check_counts(op, "Pass the number of tokens.", **{name: rows})
 
 
 def agree(name: str, given: int | None, mask_has: int) -> int:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 BITS_PER_WORD = 32
 
 
+_LEAST = (("block_q", 1), ("block_kv", 1), ("rows_q", 0), ("rows_kv", 0))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockMask:
     """A block mask and the lengths it is for.
@@ -71,12 +74,11 @@ class BlockMask:
             raise ValueError(
                 _text("block_bits", "[batch, heads, blocks_q, words]", shape, _PACK_FIRST)
             )
-        for axis in ("q", "kv"):
-            block, rows = getattr(self, f"block_{axis}"), getattr(self, f"rows_{axis}")
-            if isinstance(block, int):
-                check_block("BlockMask", f"block_{axis}", block)
-            if isinstance(rows, int):
-                check_rows("BlockMask", **{f"rows_{axis}": rows})
+        for name, least in _LEAST:  # every op makes a mask: nothing is called for a right one
+            size = getattr(self, name)
+            if isinstance(size, int) and size < least:
+                check = check_block if least else check_rows
+                check("BlockMask", name, size)
         if (self.cu_seqlens_q is None) != (self.cu_seqlens_kv is None):
             missing = "cu_seqlens_q" if self.cu_seqlens_q is None else "cu_seqlens_kv"
             remedy = "Pass both for packed sequences."

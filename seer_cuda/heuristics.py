@@ -153,7 +153,7 @@ def sink_local(
         ValueError: block < 1, or a negative number of rows or sinks.
     """
     check_block("sink_local", "block", block)
-    check_rows("sink_local", rows=rows)
+    check_rows("sink_local", "rows", rows)
     check_forced("sink_local", sink, 0, 0)
     blocks = ceil_div(rows, block)
     scores = torch.arange(blocks, dtype=torch.float32, device=device).repeat(blocks, 1)
@@ -182,7 +182,7 @@ def random(
         ValueError: block < 1, or a negative number of rows or heads.
     """
     check_block("random", "block", block)
-    check_rows("random", rows=rows)
+    check_rows("random", "rows", rows)
     check_counts("random", "Pass the model's query heads.", heads=heads)
     blocks = ceil_div(rows, block)
     generator = torch.Generator().manual_seed(seed)

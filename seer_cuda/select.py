@@ -182,7 +182,8 @@ def _no_blocks(
 ) -> BlockMask:
     check_block(op, "block_q", block_q)
     check_block(op, "block_kv", block_kv)
-    check_rows(op, rows_q=rows_q, rows_kv=rows_kv)
+    check_rows(op, "rows_q", rows_q)
+    check_rows(op, "rows_kv", rows_kv)
     words = ceil_div(ceil_div(rows_kv, block_kv), 32)
     bits = torch.zeros((1, 1, ceil_div(rows_q, block_q), words), dtype=torch.int32, device=device)
     return BlockMask(bits, block_q, block_kv, rows_q, rows_kv, causal)
