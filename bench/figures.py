@@ -346,7 +346,11 @@ def stale(record: dict | None, variants: list[dict]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.figures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--check", action="store_true", help="only say what is stale")
     options = parser.parse_args(argv)
     record = newest_record()

@@ -23,14 +23,19 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
-from bench.cases import MODELS, all_cases, case_of, model_cases, newest_family
+from bench.cases import MODELS, Case, all_cases, case_of, model_cases, newest_family
 from bench.source import ROOT, source_hash
 
 RESULTS = ROOT / "bench" / "results"
 # Shares of the time limit after which a part yields to the next.
 CHECKS_UNTIL = 0.5
 CASES_UNTIL = 0.97
+
+
+class OptionError(ValueError):
+    """Options that choose nothing."""
 
 
 def record_path(gpu: str) -> Path:
@@ -68,11 +73,12 @@ def faults(record: dict) -> list[str]:
 def check_records(paths: list[Path], source: str) -> tuple[bool, str]:
     """Whether there are records of `source` (a hash) and all of them are sound, and the text that
     says so: a line per record of these sources, and below it one per fault."""
-    newest, lines, sound = None, [], True
+    newest, latest, lines, sound = None, "", [], True
     for path in sorted(paths):
         record = json.loads(path.read_text())
         line = f"{path.name} ({record['gpu']}, {record['date']}, source {record['source'][:12]})"
-        newest = line
+        if record["date"] >= latest:
+            newest, latest = line, record["date"]
         if record["source"] != source:
             continue
         tests = record.get("tests", {})
@@ -135,8 +141,47 @@ def succeeded(record: dict, ours_missing: list[str]) -> bool:
     return not tests["failed"] and not ours_missing and not any(sanitizer.values())
 
 
+def chosen_cases(options: argparse.Namespace, family: str) -> list[Case]:
+    """The cases of a run; OptionError if there are none."""
+    cases = all_cases(family)
+    if options.models is not None:
+        cases = model_cases(family, _models(options.models))
+    if options.quick:
+        cases = [case for case in cases if case.rows_kv <= 8192]
+    if options.only:
+        cases = [case for case in cases if fnmatch.fnmatch(case.name, options.only)]
+    if not cases:
+        raise OptionError(
+            f"--only: expected a pattern of some case's name, got {options.only!r}, which no case "
+            "of these options has. A run prints the names."
+        )
+    return cases
+
+
+def chosen_peers(names: str | None) -> list[ModuleType]:
+    """The peers of a run; OptionError if one of the names is no peer's."""
+    from bench.peers import all_peers
+
+    peers = all_peers()
+    if names is None:
+        return peers
+    wanted = [name for name in names.split(",") if name]
+    known = [peer.NAME for peer in peers]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise OptionError(
+            f"--peers: expected some of {', '.join(known)}, got {', '.join(unknown)}. Pass '' for "
+            "none."
+        )
+    return [peer for peer in peers if peer.NAME in wanted]
+
+
 def run(options: argparse.Namespace) -> int:
-    """Everything that needs the GPU."""
+    """Everything that needs the GPU.
+
+    Raises:
+        OptionError: options that choose no case, or a peer that there is not.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -145,14 +190,14 @@ def run(options: argparse.Namespace) -> int:
 
     from bench import checks, report
     from bench.launch import launch_costs
-    from bench.peers import all_peers
     from bench.runner import reason_of, run_cases
     from bench.timing import CudaClock, Schedule
 
     began = time.monotonic()
     record: dict = environment()
-    shapes = options.models is not None
-    partial = options.quick or options.only or shapes or options.peers is not None
+    chosen = options.models is not None or options.peers is not None
+    partial = options.quick or options.only or chosen
+    cases, peers = chosen_cases(options, record["family"]), chosen_peers(options.peers)
     # The tests and the sanitizer side by side, before anything is timed.
     checks_until = CHECKS_UNTIL * options.limit
     with ThreadPoolExecutor(1) as beside:
@@ -163,16 +208,6 @@ def run(options: argparse.Namespace) -> int:
         if options.sanitize:
             record["sanitizer"] = sanitizer.result()
 
-    cases = all_cases(record["family"])
-    if shapes:
-        cases = model_cases(record["family"], _models(options.models))
-    if options.quick:
-        cases = [case for case in cases if case.rows_kv <= 8192]
-    if options.only:
-        cases = [case for case in cases if fnmatch.fnmatch(case.name, options.only)]
-    peers = all_peers()
-    if options.peers is not None:
-        peers = [peer for peer in peers if peer.NAME in options.peers.split(",")]
     print(f"\n{record['gpu']}, driver {record['driver']}, torch {record['torch']}")
     print("\n".join(report.head_lines()), flush=True)
     results = run_cases(
@@ -249,7 +284,10 @@ def main(argv: list[str] | None = None) -> int:
             model_cases("", _models(options.models))
         except ValueError as error:
             parser.error(str(error))
-    return run(options)
+    try:
+        return run(options)
+    except OptionError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

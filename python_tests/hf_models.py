@@ -6,6 +6,8 @@ softmax over the tokens of the kept blocks, MLP. It shares nothing with the inte
 gate's block mask.
 """
 
+import json
+
 import torch
 
 from seer_cuda import Rule
@@ -49,6 +51,43 @@ def make_model(family, *, layers=2, heads=(4, 2), head_dim=64, seed=0, **extra):
             if "norm" in key or key.endswith("bias"):
                 value += 0.1 * torch.randn_like(value)
     return model
+
+
+def distilling(family="llama", *, seed=0, train=True, **extra):
+    model = make_model(family, seed=seed, **extra).train(train)
+    seer_hf.attach(model, SeerConfig("distilling", SPARSE, block=BLOCK))
+    torch.manual_seed(seed + 1)
+    for weight in seer_hf.gate_parameters(model):
+        torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def released(folder, *, layers, heads, dim, name="mask_linear_k", drop=(), **keys):
+    """An adapter as it is published: the reference's keys and names, bf16, a .pth."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for layer in range(layers):
+        key = f"model.layers.{layer}.self_attn.attn_gate.{name}.weight"
+        weights[key] = 0.02 * torch.randn(heads, 3 * dim, dim, generator=generator).bfloat16()
+    for key in drop:
+        del weights[key]
+    folder.mkdir(exist_ok=True)
+    torch.save(weights, folder / "attn_gate_weights.pth")
+    config = {
+        "base_model": "somewhere/a-model",
+        "seerattn_sparsity_method": "threshold",
+        "seerattn_threshold": 5e-4,
+        "seerattn_nz_ratio": 1.0,
+        "seerattn_gate_type": "Qavg_Kmaxminavg",
+        "seerattn_gate_block_size": 64,
+        "seerattn_gate_hidden_size": dim,
+        "seerattn_last_block_dense": True,
+        "seerattn_gate_force_double": False,
+        "use_flash_rope": True,
+        "fused_norm": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config | keys))
+    return folder, weights
 
 
 def attached(family, rule=SPARSE, *, mode="sparse", seed=0, block=BLOCK, model=None, **config):

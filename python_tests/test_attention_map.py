@@ -33,8 +33,36 @@ def test_what_a_mask_keeps(seed):
     torch.testing.assert_close(found.kept_by(diagonal), want, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="expected a map of sums, got maxima"):
         seer_cuda.attention_map(q, k, v, reduce="max").kept_by(everything)
-    with pytest.raises(ValueError, match="expected 4 x 2 blocks, got 4 x 4"):
+    with pytest.raises(
+        ValueError, match=r"expected blocks of 64 x 128 tokens .+, got blocks of 64 x 64"
+    ):
         seer_cuda.attention_map(q, k, v, block_kv=128).kept_by(everything)
+
+
+def test_masks_of_other_lengths_batch_or_heads_are_refused(seed):
+    """Also where the numbers of blocks agree."""
+    q, k, v = small("cpu", rows=(256, 256), seed=seed)
+    found = seer_cuda.attention_map(q, k, v)
+    dense = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    wrong = (
+        BlockMask.from_dense(dense, 128, 128),
+        BlockMask.from_dense(dense, 64, 64, 250, 256),
+        BlockMask.from_dense(dense.expand(3, 1, -1, -1), 64, 64),
+        BlockMask.from_dense(dense.expand(1, 3, -1, -1), 64, 64),
+        BlockMask.from_dense(dense.expand(1, 8, -1, -1), 64, 64),
+        BlockMask.from_dense(dense[:, :0], 64, 64),
+    )
+    for mask in wrong:
+        with pytest.raises(ValueError, match=r"seer::attention_map: mask: expected .+, got .+"):
+            found.kept_by(mask)
+
+
+def test_a_map_with_nan_is_drawn(seed):
+    pytest.importorskip("matplotlib")
+    q, k, v = small("cpu", seed=seed)
+    found = seer_cuda.attention_map(q, k, v)
+    found.values[0, 0, 1, 0] = torch.nan
+    assert len([axes for axes in found.plot(max_heads=1).axes if axes.get_title()]) == 1
 
 
 def test_repr_says_what_it_is(seed):

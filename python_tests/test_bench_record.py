@@ -128,6 +128,36 @@ def test_partial_record_is_named_and_left_out_of_figures(complete, tmp_path, mon
     assert figures.newest_record(tmp_path)["date"] == "2025-01-01"
 
 
+def test_check_tells_the_newest_of_other_records(complete, tmp_path):
+    """By date, not by name."""
+    newer, older = complete | {"date": "2026-05-01"}, complete | {"date": "2025-05-01"}
+    _, text = judged(tmp_path, newer, older, source="cd" * 32)
+    assert "gpu0.json" in text and "2026-05-01" in text and "gpu1.json" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--only", "nosuchcase*"], "--only: expected a pattern of some case's name, got 'nosuch"),
+        (["--peers", "fa3,nosuchpeer"], "--peers: expected some of sdpa_flash, "),
+    ],
+)
+def test_options_that_choose_nothing_are_refused(options, expected, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(record, "environment", lambda: {"gpu": "none", "family": "sm80"})
+    with pytest.raises(SystemExit) as stop:
+        record.main(options)
+    assert stop.value.code == 2 and expected in capsys.readouterr().err
+
+
+def test_help_keeps_the_lines_of_the_commands(capsys):
+    for module in (record, figures):
+        with pytest.raises(SystemExit):
+            module.main(["--help"])
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+        assert sum(line.startswith(f"python -m {module.__name__} ") for line in lines) >= 2
+
+
 @pytest.mark.parametrize(
     ("tests", "sanitizer", "missing", "wanted"),
     [

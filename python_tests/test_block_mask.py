@@ -219,10 +219,24 @@ def test_validate_warns_of_empty_rows(device):
         mask.validate()
 
 
+def test_numbers_past_32_bits_are_outside(device):
+    """2**32 + 3 is not block 3, and 2**32 + 1 entries are all of them."""
+    indices = torch.tensor([[[[2**32 + 3, 1, -(2**32) + 2, 2**62]]]], device=device)
+    for count, want in ((2**32 + 1, [1]), (4, [1]), (1, []), (-(2**32) + 4, [])):
+        counts = torch.tensor([[[count]]], device=device)
+        mask = BlockMask.from_indices(indices, counts, 64, 64)
+        assert mask.to_dense()[0, 0, 0].nonzero().flatten().tolist() == want
+
+
 HOSTILE = {
     "bits of int64": lambda: BlockMask(torch.zeros(1, 1, 2, 1).long(), 64, 64, 128, 128),
     "bits of 3 dims": lambda: BlockMask(torch.zeros(1, 2, 1).int(), 64, 64, 128, 128),
     "block of 0 rows": lambda: BlockMask(torch.zeros(1, 1, 2, 1).int(), 0, 64, 128, 128),
+    "negative rows": lambda: BlockMask(torch.zeros(1, 1, 2, 1).int(), 64, 64, -1, 128),
+    "dense, block of 0": lambda: BlockMask.from_dense(torch.zeros(1, 1, 2, 2).bool(), 0, 64),
+    "lists, block of 0": lambda: BlockMask.from_indices(
+        torch.zeros(1, 1, 2, 2).int(), torch.zeros(1, 1, 2).int(), 64, 0, rows_kv=128
+    ),
     "float mask": lambda: BlockMask.from_dense(torch.zeros(1, 1, 2, 2), 64, 64),
     "mask of 2 dims": lambda: BlockMask.from_dense(torch.zeros(2, 2).bool(), 64, 64),
     "wrong rows": lambda: BlockMask.from_dense(torch.zeros(1, 1, 2, 2).bool(), 64, 64, 200, 128),
@@ -254,6 +268,15 @@ def test_attention_takes_sizes_from_the_mask(device, seed):
         seer_cuda.block_sparse_attn(q[:, :100], k, v, mask)
     with pytest.raises(TypeError, match=CONTRACT):
         seer_cuda.block_sparse_attn(q, k, v, "full")
+
+
+def test_plot_of_no_heads():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    _, mask = make(heads=3)
+    for figure in (mask.plot(max_heads=0), mask.select_heads(slice(0)).plot()):
+        assert not [axes for axes in figure.axes if axes.images]
+        matplotlib.pyplot.close(figure)
 
 
 def test_plot_draws_one_panel_per_head(tmp_path):

@@ -200,14 +200,16 @@ def _keep_strides(view, device):
 
 @pytest.mark.parametrize("offset", [1, 3])
 def test_strides_without_alignment(device, offset, seed):
-    """Strides that are no multiple of 16 bytes: the right answer or a refusal, never a fault."""
+    """Strides that are no multiple of 16 bytes: the answer on the CPU, a refusal on CUDA, whose
+    kernels move 16 bytes at a time."""
     q, k, v = small(device, seed=seed)
     odd = [torch.nn.functional.pad(x, (0, offset))[..., : x.shape[-1]] for x in (q, k, v)]
-    try:
-        out, lse = sparse_op(*odd)
-    except RuntimeError as error:
-        assert "seer::block_sparse_attn: q: expected" in str(error)
+    if device == "cuda":
+        form = r"seer::block_sparse_attn: q: expected strides that are multiples of 8 elements"
+        with pytest.raises(RuntimeError, match=form):
+            sparse_op(*odd)
         return
+    out, lse = sparse_op(*odd)
     attention.check_attention("odd strides", out, lse, q, k, v)
 
 

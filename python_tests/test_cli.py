@@ -157,6 +157,8 @@ def test_info_says_that_the_build_has_no_cuda(machine):
     ("arguments", "expected"),
     [
         (["--text", "/no/such/place"], "no such file or folder"),
+        (["--seed", "99999999999999999999"], "--seed: expected 0 to 2147483647, got 9999"),
+        (["--seed", "-1"], "--seed: expected 0 to 2147483647, got -1"),
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--context", "1000"], "--context: expected a multiple of 16"),
         (["--context", "320"], "at least 640"),
@@ -191,6 +193,18 @@ def test_an_output_folder_that_is_a_file(capsys, tmp_path):
     blocked.write_text("")
     assert cli.main(["demo", "--device", "cpu", "--out", str(blocked)]) == 1
     assert f"--out {blocked}" in capsys.readouterr().err
+
+
+def test_a_file_elsewhere_is_not_blamed_on_the_output_folder(monkeypatch, capsys, tmp_path):
+    from seer_cuda.demo import run
+
+    def unreadable(*_):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "text.txt"))
+
+    monkeypatch.setattr(run, "run", unreadable)
+    assert cli.main(["demo", "--device", "cpu", "--out", str(tmp_path / "out")]) == cli.FAILED
+    captured = capsys.readouterr().err
+    assert "--out" not in captured and f"{tmp_path}/text.txt" in captured
 
 
 def test_unknown_options_exit_with_2(capsys):

@@ -64,6 +64,28 @@ def test_decode_target_refuses_a_wrong_group():
         distill.target_decode(torch.rand(1, 4, 3, 2), 3, 64)
 
 
+def test_decode_target_refuses_what_does_not_fit():
+    pooled = torch.rand(2, 4, 3, 2)
+    for shape in ((), (1,), (2,), (3, 2), (3, 3), (2, 1, 3)):
+        with pytest.raises(ValueError, match=r"positions: expected \[3\] or \[2, 3\], got \["):
+            distill.target_decode(pooled, 2, 64, torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"positions: expected \[3\], got \[4, 3\]"):
+        distill.target_decode(pooled[0], 2, 64, torch.zeros(4, 3))
+    with pytest.raises(ValueError, match=r"seer::target_decode: block: expected .+, got 0"):
+        distill.target_decode(pooled, 2, 0)
+    each = torch.tensor([[0, 64, 128], [64, 0, 0]])
+    assert distill.target_decode(pooled, 2, 64, each).shape == (2, 2, 3, 2)
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode", "mse"])
+@pytest.mark.parametrize("shape", [(0, 2, 4, 4), (1, 0, 4, 4), (1, 2, 4, 0)])
+def test_a_loss_of_nothing_is_zero(kind, shape):
+    scores = torch.rand(shape, requires_grad=True)
+    loss = distill.gate_loss(scores, torch.rand(shape), kind=kind)
+    loss.backward()
+    assert loss.item() == 0 and scores.grad.shape == shape
+
+
 def literal_loss(scores, target, drop, *, per_row=False):
     """10 * mean over elements (or sum per row) of target (ln target - log_softmax(scores))."""
     scores, target = scores[..., drop:, :].double(), target[..., drop:, :].double()

@@ -206,6 +206,32 @@ def test_refuses(seed):
             distill.gate_kl(*args, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_refuses_embeddings_that_do_not_fit(dtype, seed):
+    """In float64 too, which no op looks at."""
+    q, k, pooled = embeddings((9, 9), heads=(4, 2), dtype=dtype, seed=seed)
+    wrong = {
+        "heads": k[:, :, [0, 1, 1]],
+        "no heads": k[:, :, :0],
+        "batch": k[:1],
+        "gate_dim": k[..., :8],
+        "dtype": k.half(),
+        "device": k.to("meta"),
+    }
+    for name, other in wrong.items():
+        with pytest.raises(ValueError, match=r"seer::gate_kl: k_gate: expected .+, got .+"):
+            pytest.fail(f"{name}: {distill.gate_kl(q, other, pooled)}")
+
+
+def test_a_map_on_meta_is_not_taken_for_a_call_without_data(seed):
+    q, k, pooled = embeddings((9, 9), seed=seed)
+    with pytest.raises(ValueError, match=r"seer::gate_kl: pooled: expected .+, got meta"):
+        distill.gate_kl(q, k, pooled.to("meta"))
+    options = {"scale": None, "causal": True, "first_row": 0, "need_grad": False}
+    with pytest.raises(RuntimeError, match=r"seer::_gate_kl: pooled: expected .+, got meta"):
+        torch.ops.seer._gate_kl(q, k, pooled.to("meta"), **options)
+
+
 class PeakMemory(TorchDispatchMode):
     """Most bytes that tensors made under it held at one time."""
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """seer_cuda.AttnGate: the 49 gates, checkpoint names and shapes, RoPE, selection."""
 
+import math
+
 import inputs
 import pytest
 import torch
@@ -315,6 +317,18 @@ WRONG = {
     "block": {"block": 0},
     "rotary_dim odd": {"rotary_dim": 7},
     "rotary_dim wide": {"rotary_dim": 256},
+    "rotary_dim float": {"rotary_dim": 64.0},
+    "head_dim float": {"head_dim": 128.0},
+    "gate_dim text": {"gate_dim": "128"},
+    "block bool": {"block": True},
+    "rope_theta 0": {"rope_theta": 0.0},
+    "rope_theta nan": {"rope_theta": math.nan},
+    "attention_scaling inf": {"attention_scaling": math.inf},
+    "attention_scaling 0": {"attention_scaling": 0},
+    "attention_scaling text": {"attention_scaling": "1"},
+    "init_std": {"init_std": -0.1},
+    "init_std nan": {"init_std": math.nan},
+    "norm_eps": {"norm_eps": -1e-6},
 }
 
 

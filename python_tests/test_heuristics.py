@@ -120,6 +120,32 @@ def test_a_scale_of_zero_makes_all_blocks_alike():
 @pytest.mark.parametrize(
     "function", [heuristics.vertical_slash, heuristics.antidiagonal, heuristics.pooled_qk]
 )
+def test_a_prompt_without_tokens_has_no_scores(function):
+    got = function(*inputs(0))
+    assert got.shape == (BATCH, HEADS, 0, 0) and got.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"block: expected at least 1 token per block, got 0\."):
+        function(*inputs(16), block=0)
+
+
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("sink_local: block", lambda: heuristics.sink_local(40, block=0)),
+        ("sink_local: sink", lambda: heuristics.sink_local(40, sink=-1)),
+        ("sink_local: rows", lambda: heuristics.sink_local(-1)),
+        ("random: block", lambda: heuristics.random(40, 2, block=-1)),
+        ("random: rows", lambda: heuristics.random(-1, 2)),
+        ("random: heads", lambda: heuristics.random(40, -2)),
+    ],
+)
+def test_sizes_are_checked(name, call):
+    with pytest.raises(ValueError, match=rf"seer::{name}: expected .+, got .+\. \S.*\."):
+        call()
+
+
+@pytest.mark.parametrize(
+    "function", [heuristics.vertical_slash, heuristics.antidiagonal, heuristics.pooled_qk]
+)
 def test_what_does_not_fit_is_refused(function):
     q, k = inputs(16)
     form = r"seer::\w+: k: expected .+, got .+\. Pass a whole prompt's q and k\."

@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gates of transformers models: training them, and their files."""
-
-import json
+"""Gates of transformers models: their loss, their gradients, real sizes on CUDA."""
 
 import pytest
 import torch
-from hf_models import BLOCK, FAMILIES, FORM, SPARSE, make_model, padded, places, tokens
+from hf_models import (
+    BLOCK,
+    FAMILIES,
+    FORM,
+    distilling,
+    make_model,
+    padded,
+    places,
+    released,
+    tokens,
+)
 
 from seer_cuda import AttnGate, Rule, distill, reference
 from seer_cuda.integrations import transformers as seer_hf
-from seer_cuda.integrations.transformers import SeerConfig
 
 pytest.importorskip("transformers")
-
-
-def distilling(family="llama", *, seed=0, train=True, **extra):
-    model = make_model(family, seed=seed, **extra).train(train)
-    seer_hf.attach(model, SeerConfig("distilling", SPARSE, block=BLOCK))
-    torch.manual_seed(seed + 1)
-    for weight in seer_hf.gate_parameters(model):
-        torch.nn.init.normal_(weight, std=0.3)
-    return model
 
 
 def layer_tensors(model, ids):
@@ -160,164 +158,6 @@ def test_distilling_still_generates():
     got = model.generate(ids, max_new_tokens=4, do_sample=False)
     want = make_model("llama").generate(ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(got, want)
-
-
-# ---------------------------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize("format", ["safetensors", "pth"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_saved_gates_come_back(family, format, tmp_path):
-    model = distilling(family, train=False)
-    rule = Rule("density", 0.3, sink=1, local=2, dense_last_rows=3)
-    seer_hf.configure(model, mode="sparse", rule=rule)
-    path = seer_hf.save_gates(model, tmp_path / "a", format=format)
-    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, "config.json"]
-    again = seer_hf.load_gates(make_model(family), path.parent)
-    assert seer_hf.attached_config(again).rule == rule
-    assert seer_hf.attached_config(again).block == BLOCK
-    ids = tokens(1, 90)
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, model(ids).logits)
-    other = "pth" if format == "safetensors" else "safetensors"
-    assert not seer_hf.save_gates(model, path.parent, format=other).samefile(tmp_path / "a") and (
-        not path.exists()
-    )
-
-
-def test_a_full_disk_leaves_the_old_gates(tmp_path, monkeypatch):
-    """The weights fit, their configuration does not: neither is replaced."""
-    seer_hf.save_gates(distilling("llama", train=False), tmp_path)
-    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    other = seer_hf.attach(make_model("llama"), SeerConfig(block=BLOCK, gate="Qavg_Kavg"))
-
-    def full(*_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("pathlib.Path.write_text", full)
-    with pytest.raises(OSError, match="no space"):
-        seer_hf.save_gates(other, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
-
-
-@pytest.mark.parametrize(
-    "rule", [Rule("threshold", 2e-3), Rule("topk", 5), Rule("topp", 0.9), Rule("density", 0.5)]
-)
-def test_every_rule_has_keys(rule, tmp_path):
-    config = SeerConfig(rule=rule, gate="Qmaxavg_Kmin", block=32, force_double=True, qk_norm=True)
-    again = SeerConfig.from_released(json.loads(json.dumps(config.released(48))))
-    assert again == SeerConfig(
-        rule=rule,
-        gate="Qmaxavg_Kmin",
-        block=32,
-        force_double=True,
-        qk_norm=True,
-        gate_dim=48,
-    )
-
-
-def released(folder, *, layers, heads, dim, name="mask_linear_k", drop=(), **keys):
-    """An adapter as it is published: the reference's keys and names, bf16, a .pth."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for layer in range(layers):
-        key = f"model.layers.{layer}.self_attn.attn_gate.{name}.weight"
-        weights[key] = 0.02 * torch.randn(heads, 3 * dim, dim, generator=generator).bfloat16()
-    for key in drop:
-        del weights[key]
-    folder.mkdir(exist_ok=True)
-    torch.save(weights, folder / "attn_gate_weights.pth")
-    config = {
-        "base_model": "somewhere/a-model",
-        "seerattn_sparsity_method": "threshold",
-        "seerattn_threshold": 5e-4,
-        "seerattn_nz_ratio": 1.0,
-        "seerattn_gate_type": "Qavg_Kmaxminavg",
-        "seerattn_gate_block_size": 64,
-        "seerattn_gate_hidden_size": dim,
-        "seerattn_last_block_dense": True,
-        "seerattn_gate_force_double": False,
-        "use_flash_rope": True,
-        "fused_norm": True,
-    }
-    (folder / "config.json").write_text(json.dumps(config | keys))
-    return folder, weights
-
-
-@pytest.mark.parametrize("name", ["mask_linear_k", "attngate_linear_k"])
-def test_a_released_adapter(name, tmp_path):
-    folder, weights = released(tmp_path, layers=2, heads=4, dim=64, name=name)
-    model = seer_hf.load_gates(make_model("llama"), folder)
-    config = seer_hf.attached_config(model)
-    assert config.rule == Rule("threshold", 5e-4, dense_last_rows=2)
-    assert (config.block, config.gate) == (64, "Qavg_Kmaxminavg")
-    for gate, weight in zip(seer_hf.gates(model), weights.values(), strict=True):
-        assert gate.config.single_linear and gate.mask_linear_k.weight.dtype == torch.float32
-        assert torch.equal(gate.mask_linear_k.weight, weight.float())
-    ids = tokens(2, 150)
-    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 152)
-    nz = {"seerattn_sparsity_method": "nz_ratio", "seerattn_nz_ratio": 0.25}
-    folder, _ = released(tmp_path, layers=2, heads=4, dim=64, **nz, seerattn_last_block_dense=False)
-    model = seer_hf.load_gates(make_model("llama"), folder, mode="dense", dtype=torch.bfloat16)
-    assert seer_hf.attached_config(model).rule == Rule("density", 0.25)
-    assert seer_hf.gates(model)[0].mask_linear_k.weight.dtype == torch.bfloat16
-
-
-def test_the_reference_s_defaults():
-    config = SeerConfig.from_released({})
-    assert config.rule == Rule("threshold", 0.0, dense_last_rows=2) and config.gate_dim == 128
-
-
-def test_files_that_do_not_fit_are_explained(tmp_path):
-    """The error names the key, and the model is left as it was."""
-    key = r"model\.layers\.1\.self_attn\.attn_gate\.mask_linear_k\.weight: expected "
-    sizes = {"layers": 2, "heads": 4, "dim": 64}
-    decode = {"seerattn_sparsity_method": "token_budget"}
-    wrong = {
-        "heads": (sizes | {"heads": 2}, ValueError, r"got \[2, 192, 64\]"),
-        "missing": (sizes | {"drop": [key.split(":")[0].replace("\\", "")]}, KeyError, key),
-        "layers": (sizes | {"layers": 1}, KeyError, key + ".*layers 0 to 0"),
-        "more": (sizes | {"layers": 3}, KeyError, r"layers\.2\..* expected 2 layers"),
-        "norm": (sizes | {"seerattn_use_qk_norm": True}, KeyError, r"layers\.0\..*norm\.weight"),
-        "decode": (sizes | decode, ValueError, r"config\.json: .*decode adapter"),
-        "method": (sizes | {"seerattn_sparsity_method": "no"}, ValueError, "sparsity_method"),
-        "value": (sizes | {"seerattn_threshold": -1}, ValueError, "seerattn_threshold: "),
-        "gate": (sizes | {"seerattn_gate_type": "Qavg"}, ValueError, "name: "),
-    }
-    for name, (options, kind, match) in wrong.items():
-        folder, _ = released(tmp_path / name, **options)
-        model = make_model("llama")
-        with pytest.raises(kind, match=match) as error:
-            seer_hf.load_gates(model, folder)
-        assert "seer::" in str(error.value) and ": expected " in str(error.value), name
-        assert seer_hf.attached_config(model) is None
-    folder, _ = released(tmp_path / "heads", **sizes | {"heads": 2})
-    attached = seer_hf.attach(make_model("llama"))
-    before = [weight.clone() for weight in seer_hf.gate_parameters(attached)]
-    with pytest.raises(ValueError, match="expected shape"):
-        seer_hf.load_gates(attached, folder)
-    assert all(map(torch.equal, before, seer_hf.gate_parameters(attached)))
-    with pytest.raises(FileNotFoundError, match="seer::load_gates: folder"):
-        seer_hf.load_gates(make_model("llama"), tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=FORM):
-        seer_hf.save_gates(attached, tmp_path, format="npz")
-
-
-def test_a_decode_gate_is_refused(tmp_path):
-    folder, weights = released(tmp_path, layers=2, heads=2, dim=64, name="attngate_linear_k")
-    for layer in range(2):
-        key = f"model.layers.{layer}.self_attn.attn_gate.attngate_linear_q.weight"
-        weights[key] = torch.zeros(2, 2, 64, 64)
-    torch.save(weights, folder / "attn_gate_weights.pth")
-    with pytest.raises(ValueError, match="decode gate of SeerAttention-R"):
-        seer_hf.load_gates(make_model("llama"), folder)
-
-
-def test_a_pth_cannot_run_code(tmp_path):
-    folder, weights = released(tmp_path, layers=2, heads=4, dim=64)
-    torch.save(weights | {"x": SeerConfig}, folder / "attn_gate_weights.pth")
-    with pytest.raises(Exception, match=r"weights_only|Weights only"):
-        seer_hf.load_gates(make_model("llama"), folder)
 
 
 # ----------------------------------------------------------------------------------------- CUDA

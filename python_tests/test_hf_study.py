@@ -193,7 +193,7 @@ def test_the_command(tmp_path, capsys):
     paths = ["--model", tmp_path / "model", "--gates", tmp_path / "gates"]
     paths += ["--text", tmp_path / "text.txt", "--out", tmp_path / "out"]
     command = ["eval", *map(str, paths), "--device", "cpu", "--context", "200", "--windows", "2"]
-    assert cli.main([*command, "--densities", "0.5", "0.2", "--thresholds", "0.1"]) == 0
+    assert cli.main([*command, "--densities", "0.5", "0.2", "0.5", "--thresholds", "0.1"]) == 0
     printed = capsys.readouterr().out
     assert "learned gate    threshold 0.1" in printed and "vertical-slash" in printed
     result = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -209,7 +209,9 @@ def test_the_command(tmp_path, capsys):
     assert cli.main([*command, "--calibration", "-1"]) == cli.USAGE
     assert "--calibration: expected 0 or more" in capsys.readouterr().err
     assert cli.main([*command, "--densities", "1.5"]) == cli.USAGE
-    assert "density" in capsys.readouterr().err
+    assert "--densities: expected each density in (0, 1], got 1.5." in capsys.readouterr().err
+    assert cli.main([*command, "--thresholds", "nan"]) == cli.USAGE
+    assert "--thresholds: expected" in capsys.readouterr().err
     del command[command.index("--out") : command.index("--out") + 2]
     assert cli.main([*command, "--densities", "0.5"]) == cli.USAGE
     assert "expected --out" in capsys.readouterr().err

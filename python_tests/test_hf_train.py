@@ -120,6 +120,11 @@ def test_what_cannot_be_used_is_one_line(folders, tmp_path, capsys):
         ("--text", str(tmp_path / "none")),
         ("--context", "100000"),
         ("--batch", "0"),
+        ("--lr", "-1"),
+        ("--lr", "nan"),
+        ("--warm-up", "-1"),
+        ("--seed", "99999999999999999999"),
+        ("--seed", "-1"),
         ("--out", str(folders / "model")),
     )
     capsys.readouterr()
@@ -134,6 +139,7 @@ def test_what_cannot_be_used_is_one_line(folders, tmp_path, capsys):
 def test_a_model_that_cannot_be_read_is_one_line(folders, tmp_path, capsys):
     (tmp_path / "config.json").write_text((folders / "model" / "config.json").read_text())
     assert distill(folders, tmp_path / "out", "--model", str(tmp_path)) == cli.USAGE
+    (tmp_path / "model.safetensors").write_bytes(b"no header")
     paths = ["--model", tmp_path, "--gates", tmp_path, "--text", folders / "text"]
     assert cli.main(["eval", *map(str, paths), "--device", "cpu"]) == cli.USAGE
     lines = capsys.readouterr().err.splitlines()
@@ -171,6 +177,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(folders, tmp_path, monkeypatch,
     assert distill(folders, tmp_path / "a") == cli.USAGE
     assert "expected a finite loss, got nan in step 1" in capsys.readouterr().err
     assert not (tmp_path / "a" / "checkpoint.pt").exists()
+
+
+def test_one_token_is_no_window(folders, tmp_path, capsys):
+    assert distill(folders, tmp_path / "a", "--context", "1") == cli.USAGE
+    assert "--context: expected at least 2, got 1." in capsys.readouterr().err
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(folders, tmp_path, monkeypatch, capsys):
+    """In the last step no loss would show it any more."""
+
+    def exploding(optimiser):
+        for group in optimiser.param_groups:
+            for weight in group["params"]:
+                weight.data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", exploding)
+    assert distill(folders, tmp_path / "a", "--steps", "1") == cli.USAGE
+    assert "--lr: expected a finite weight, got nan in step 1." in capsys.readouterr().err
+    assert not list((tmp_path / "a").glob("*.pt")) + list((tmp_path / "a").glob("*.safetensors"))
 
 
 def test_processes_without_torchrun_are_refused(monkeypatch):

@@ -154,7 +154,7 @@ def test_another_form_of_gate(folders, tmp_path):
         (("--cache", "-1"), "--cache: expected at least 0, got -1."),
         (("--cache", "2", "--train-all"), "--cache: expected none with --train-all, got 2."),
         (("--cache", str(10**12)), f"--cache: expected memory for {10**12} windows of "),
-        (("--gate", "Qmean_Kmax"), "--gate, --gate-dim: seer::AttnGate: name: expected Q<pools>"),
+        (("--gate", "Qmean_Kmax"), "--gate, --gate-dim: seer::SeerConfig: gate: expected one of"),
         (("--gate-dim", "0"), "--gate, --gate-dim: "),
         (("--gate", "Qmax_Kmax", "--gates", "x"), "--gate, --gate-dim: expected none with --gates"),
     ],

@@ -190,6 +190,34 @@ def test_wrong_calls_are_explained(seed):
             call()
 
 
+def test_a_rule_is_no_string(seed):
+    q, k, *_ = layer_inputs(128, seed=seed)
+    with pytest.raises(TypeError, match=r"seer::gate_mask: select: expected .+, got 'topk'\. "):
+        gate_mask(q, k, make_gate(seed=seed), "topk")
+
+
+def test_a_cache_of_another_gate_is_refused(seed):
+    gate, other = make_gate(seed=seed), make_gate(seed=seed + 1)
+    q, k, *_ = layer_inputs(128, seed=seed)
+    cache = GateKeyCache(gate, 1, 128).append(k)
+    assert cache.gate is gate
+    with pytest.raises(ValueError, match=r"seer::gate_mask: gate: expected .+, got another one\."):
+        gate_mask(q, cache, other)
+
+
+def test_a_cache_without_memory_to_grow_is_as_before(seed):
+    gate = make_gate(seed=seed)
+    k = layer_inputs(256, seed=seed)[1]
+    cache = GateKeyCache(gate, 1, 128).append(k[:, :128])
+    before = cache.keys.clone()
+    with pytest.raises(RuntimeError):  # more bytes than there are addresses
+        cache.reserve(2**50)
+    with pytest.raises(ValueError, match=r"k: expected at most 0 more rows, got 128\."):
+        cache.append(k[:, 128:])
+    assert torch.equal(cache.keys, before)
+    assert cache.reserve(256).append(k[:, 128:]).rows == 256
+
+
 @pytest.mark.parametrize("name, rows_q, rows_kv", [("k_rope", 100, 128), ("q_rope", 90, 100)])
 def test_attention_gets_the_rows_of_the_gate(name, rows_q, rows_kv, seed):
     """Also where the numbers of blocks agree: a padded KV cache would move the diagonal."""

@@ -82,6 +82,30 @@ def test_scores_below_fp32_are_cast(device, dtype, method, value, seed):
     assert mask == select.from_scores(scores.float(), method, value)
 
 
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("from_scores: block_q", lambda x: select.from_scores(x, "topk", 1, block_q=0)),
+        ("from_scores: block_kv", lambda x: select.from_scores(x, "topk", 1, block_kv=-1)),
+        ("from_scores: rows_q", lambda x: select.from_scores(x, "topk", 1, rows_q=-5)),
+        ("sink_local: rows_q", lambda x: select.sink_local(-5, 128)),
+        ("sink_local: block_kv", lambda x: select.sink_local(128, 128, block_kv=0)),
+        ("random_blocks: rows_kv", lambda x: select.random_blocks(128, -5, 0.5)),
+        ("random_blocks: block_q", lambda x: select.random_blocks(128, 128, 0.5, block_q=0)),
+        ("random_blocks: local", lambda x: select.random_blocks(128, 128, 0.5, local=-1)),
+        (
+            "gate_select: block_q",
+            lambda x: seer_cuda.gate_select(
+                torch.ones(1, 2, 2, 16), torch.ones(1, 2, 2, 16), value=0.1, block_q=0
+            ),
+        ),
+    ],
+)
+def test_sizes_and_counts_are_checked(name, call):
+    with pytest.raises(ValueError, match=rf"seer::{name}: expected .+, got .+\. \S.*\."):
+        call(torch.zeros(1, 1, 2, 2))
+
+
 def test_from_scores_refuses():
     scores = torch.zeros(1, 1, 2, 2)
     form = r"seer::from_scores: {}: expected .+, got .+\. \S.*\."

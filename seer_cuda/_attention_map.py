@@ -54,21 +54,31 @@ class AttentionMap:
         The mean over the rows of blocks: 1 if nothing is lost. Only for maps of sums.
 
         Raises:
-            ValueError: a map of maxima, or a mask of other blocks.
+            ValueError: a map of maxima, or a mask of other blocks, lengths, batch or heads.
         """
         if self.reduce != "sum":
             raise ValueError(
                 "seer::attention_map: reduce: expected a map of sums, got maxima. Call "
                 'attention_map with reduce="sum".'
             )
-        blocks = tuple(self.values.shape[-2:])
-        if (mask.blocks_q, mask.blocks_kv) != blocks:
+        batch, heads = self.values.shape[:2]
+        own, given = (
+            f"blocks of {x.block_q} x {x.block_kv} tokens for {x.rows_q} x {x.rows_kv}"
+            for x in (self, mask)
+        )
+        if own != given:
             raise ValueError(
-                f"seer::attention_map: mask: expected {blocks[0]} x {blocks[1]} blocks, got "
-                f"{mask.blocks_q} x {mask.blocks_kv}. Build the mask for these lengths and blocks."
+                f"seer::attention_map: mask: expected {own}, got {given}. Build the mask for these "
+                "lengths and blocks."
             )
-        kept = mask.to_dense()
-        kept = kept.repeat_interleave(self.values.shape[1] // kept.shape[1], 1)
+        divides = heads % mask.heads == 0 if mask.heads else not heads
+        if mask.batch not in (1, batch) or not divides:
+            raise ValueError(
+                f"seer::attention_map: mask: expected batch 1 or {batch} and a divisor of {heads} "
+                f"heads, got batch {mask.batch} and {mask.heads} heads. Build the mask for this "
+                "batch and model."
+            )
+        kept = mask.to_dense().repeat_interleave(heads // max(1, mask.heads), 1)
         whole = self.values.sum((-1, -2))
         return (self.values * kept).sum((-1, -2)) / whole.masked_fill(whole == 0, 1)
 

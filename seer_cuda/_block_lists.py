@@ -16,3 +16,11 @@ def dense_to_indices(dense: Tensor) -> tuple[Tensor, Tensor]:
     column = torch.arange(n, dtype=torch.int32, device=dense.device).expand(dense.shape)
     lists = column.new_zeros((*dense.shape[:-1], n + 1)).scatter_(-1, rank, column)
     return lists[..., :n].contiguous(), counts
+
+
+def as_int32(numbers: Tensor, low: int, high: int) -> Tensor:
+    """int32 or int64 as int32; what is outside stays outside of (low, high).
+
+    Cast as it is, a number past 32 bits would become some block's.
+    """
+    return numbers if numbers.dtype == torch.int32 else numbers.clamp(low, high).to(torch.int32)

@@ -3,9 +3,39 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from seer_cuda.block_mask import BlockMask, ceil_div
+if TYPE_CHECKING:
+    from seer_cuda.block_mask import BlockMask
+
+
+def ceil_div(count: int, size: int) -> int:
+    """``ceil(count / size)`` for ints and symbolic ints."""
+    return (count + size - 1) // size
+
+
+def check_block(op: str, name: str, size: int) -> None:
+    """ValueError unless a block has tokens."""
+    if size < 1:
+        raise ValueError(
+            f"seer::{op}: {name}: expected at least 1 token per block, got {size}. Use 64 or 128."
+        )
+
+
+def check_counts(op: str, remedy: str, **counts: int) -> None:
+    """ValueError if a count is negative."""
+    for name, count in counts.items():
+        if count < 0:
+            raise ValueError(
+                f"seer::{op}: {name}: expected a count of at least 0, got {count}. {remedy}"
+            )
+
+
+def check_rows(op: str, name: str, rows: int) -> None:
+    """ValueError if a number of tokens is negative."""
+    check_counts(op, "Pass the number of tokens.", **{name: rows})
 
 
 def agree(name: str, given: int | None, mask_has: int) -> int:
@@ -79,9 +109,4 @@ def check_gate_alignment(
 def check_forced(op: str, sink: int, local: int, dense_last_rows: int) -> None:
     """ValueError if a count of blocks that are always kept is negative."""
     counts = {"sink": sink, "local": local, "dense_last_rows": dense_last_rows}
-    for name, count in counts.items():
-        if count < 0:
-            raise ValueError(
-                f"seer::{op}: {name}: expected a count of at least 0, got {count}. "
-                "Use 0 to force nothing."
-            )
+    check_counts(op, "Use 0 to force nothing.", **counts)

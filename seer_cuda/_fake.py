@@ -20,7 +20,8 @@ def _ceil_div(count: int, size: int) -> int:
     return (count + size - 1) // size
 
 
-def _same_device(op: str, name: str, first: Tensor, **others: Tensor | None) -> None:
+def same_device(op: str, name: str, first: Tensor, **others: Tensor | None) -> None:
+    """RuntimeError unless the others are on the device of the first."""
     for other, tensor in others.items():
         if tensor is not None and tensor.device != first.device:
             raise RuntimeError(
@@ -60,7 +61,7 @@ def _block_sparse_attn(
     max_rows_kv=0,
 ):
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
-    _same_device("block_sparse_attn", "q", q, k=k, v=v, block_bits=block_bits, **lengths)
+    same_device("block_sparse_attn", "q", q, k=k, v=v, block_bits=block_bits, **lengths)
     return q.new_empty(q.shape), _lse(q)
 
 
@@ -82,7 +83,7 @@ def _attn_pool(
     reduce=0,
 ):
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
-    _same_device("attn_pool", "q", q, k=k, v=v, **lengths)
+    same_device("attn_pool", "q", q, k=k, v=v, **lengths)
     lse = _lse(q)
     blocks_q, blocks_kv = _blocks(q, k, block_q, block_kv, max_rows_q, max_rows_kv)
     if per_token:
@@ -116,7 +117,7 @@ def _attn_pool_backward(
 def _pool_gate(
     x, weight=None, cos=None, sin=None, cu_seqlens=None, *, block=64, pools=4, max_rows=0
 ):
-    _same_device("pool_gate", "x", x, weight=weight, cos=cos, sin=sin, cu_seqlens=cu_seqlens)
+    same_device("pool_gate", "x", x, weight=weight, cos=cos, sin=sin, cu_seqlens=cu_seqlens)
     if cu_seqlens is None:
         batch, rows, heads, head_dim = x.shape
     else:
@@ -147,7 +148,7 @@ def _pool_gate_pair(
     max_rows_q=0,
     max_rows_kv=0,
 ):
-    _same_device("pool_gate", "q", q, k=k)
+    same_device("pool_gate", "q", q, k=k)
     at_q = {"block": block_q, "pools": pools_q, "max_rows": max_rows_q}
     at_k = {"block": block_kv, "pools": pools_k, "max_rows": max_rows_kv}
     return (
@@ -178,7 +179,7 @@ def _gate_scores(
     block_kv=64,
 ):
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
-    _same_device("gate_scores", "q_gate", q_gate, k_gate=k_gate, **lengths)
+    same_device("gate_scores", "q_gate", q_gate, k_gate=k_gate, **lengths)
     batch, blocks_q, heads_q, _ = q_gate.shape
     shape = (batch, heads_q, blocks_q, k_gate.shape[1])
     return q_gate.new_empty(shape, dtype=torch.float32)
@@ -202,7 +203,7 @@ def _gate_select(
     block_kv=64,
 ):
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv}
-    _same_device("gate_select", "q_gate", q_gate, k_gate=k_gate, **lengths)
+    same_device("gate_select", "q_gate", q_gate, k_gate=k_gate, **lengths)
     batch, blocks_q, heads_q, _ = q_gate.shape
     words = _ceil_div(k_gate.shape[1], _BITS_PER_WORD)
     return q_gate.new_empty((batch, heads_q, blocks_q, words), dtype=torch.int32)
@@ -221,6 +222,6 @@ def _unpack_block_bits(block_bits, blocks_kv):
 
 @torch.library.register_fake("seer::block_bits_from_indices")
 def _block_bits_from_indices(indices, counts, blocks_kv):
-    _same_device("block_bits_from_indices", "indices", indices, counts=counts)
+    same_device("block_bits_from_indices", "indices", indices, counts=counts)
     words = _ceil_div(blocks_kv, _BITS_PER_WORD)
     return indices.new_empty((*indices.shape[:-1], words), dtype=torch.int32)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from seer_cuda.gate_ops import pool_bits
@@ -64,9 +65,10 @@ class GateConfig:
         object.__setattr__(self, "q_pools", pool_bits(q_pools))
         object.__setattr__(self, "k_pools", pool_bits(k_pools))
         for name in ("heads_q", "heads_kv", "head_dim", "gate_dim", "block"):
-            if getattr(self, name) < 1:
+            size = getattr(self, name)
+            if not (is_whole(size) and size >= 1):
                 raise ValueError(
-                    f"seer::AttnGate: {name}: expected at least 1, got {getattr(self, name)}. "
+                    f"seer::AttnGate: {name}: expected a whole number of at least 1, got {size!r}. "
                     "Take it from the model's configuration."
                 )
         if self.heads_q % self.heads_kv:
@@ -74,15 +76,19 @@ class GateConfig:
                 f"seer::AttnGate: heads_kv: expected a divisor of heads_q = {self.heads_q}, got "
                 f"{self.heads_kv}. Take both from the model's configuration."
             )
-        if not 0 <= self.norm_eps < float("inf"):
-            raise ValueError(
-                f"seer::AttnGate: norm_eps: expected a finite number of at least 0, got "
-                f"{self.norm_eps}. Use 1e-6."
-            )
-        if self.rotary % 2 or not 0 <= self.rotary <= self.gate_dim:
+        for name in ("rope_theta", "attention_scaling", "init_std", "norm_eps"):
+            value, positive = getattr(self, name), name in ("rope_theta", "attention_scaling")
+            number = isinstance(value, (int, float)) and math.isfinite(value)
+            if not (number and (value > 0 or (value == 0 and not positive))):
+                least = "above 0" if positive else "of at least 0"
+                raise ValueError(
+                    f"seer::AttnGate: {name}: expected a finite number {least}, got {value!r}. "
+                    "Take it from the model's configuration, or leave it out."
+                )
+        if not is_whole(self.rotary) or self.rotary % 2 or not 0 <= self.rotary <= self.gate_dim:
             raise ValueError(
                 f"seer::AttnGate: rotary_dim: expected an even number from 0 to gate_dim = "
-                f"{self.gate_dim}, got {self.rotary}. Leave it out to rotate every channel."
+                f"{self.gate_dim}, got {self.rotary!r}. Leave it out to rotate every channel."
             )
 
     @property
@@ -114,3 +120,8 @@ class GateConfig:
             shapes |= {"attngate_qnorm.weight": (self.gate_dim,)}
             shapes |= {"attngate_knorm.weight": (self.gate_dim,)}
         return shapes
+
+
+def is_whole(value: object) -> bool:
+    """Whether this is an int; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)

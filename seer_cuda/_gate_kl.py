@@ -16,6 +16,7 @@ from torch import Tensor
 
 from seer_cuda import _gate_math
 from seer_cuda._attn_math import accumulation_dtype
+from seer_cuda._fake import same_device
 
 # Scores of a chunk, per prompt of the batch; about four fp32 tensors of this size exist at a time
 # (32 MiB). Twelve chunks at 64k tokens and 32 heads, whose launches are nothing beside the
@@ -125,6 +126,7 @@ def _fake(
     first_row: int,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    same_device("_gate_kl", "q_gate", q_gate, k_gate=k_gate, pooled=pooled)
     wide = accumulation_dtype(q_gate.dtype)
     return (
         q_gate.new_empty((), dtype=wide),

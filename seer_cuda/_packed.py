@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seer_cuda.block_mask import ceil_div
+from seer_cuda._contracts import ceil_div
 
 
 class Packed(NamedTuple):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from seer_cuda._block_lists import dense_to_indices
+from seer_cuda._block_lists import as_int32, dense_to_indices
+from seer_cuda._contracts import ceil_div, check_block, check_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 BITS_PER_WORD = 32
 
 
-def ceil_div(count: int, size: int) -> int:
-    """``ceil(count / size)`` for ints and symbolic ints."""
-    return (count + size - 1) // size
+_LEAST = (("block_q", 1), ("block_kv", 1), ("rows_q", 0), ("rows_kv", 0))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,8 +48,8 @@ class BlockMask:
 
     Raises:
         TypeError: block_bits is not an int32 tensor.
-        ValueError: block_bits has not 4 dimensions, a block size is not positive, or only one of
-            cu_seqlens_q and cu_seqlens_kv is given.
+        ValueError: block_bits has not 4 dimensions, a block size is not positive, a length is
+            negative, or only one of cu_seqlens_q and cu_seqlens_kv is given.
     """
 
     block_bits: Tensor
@@ -75,10 +74,11 @@ class BlockMask:
             raise ValueError(
                 _text("block_bits", "[batch, heads, blocks_q, words]", shape, _PACK_FIRST)
             )
-        for name in ("block_q", "block_kv"):
+        for name, least in _LEAST:  # every op makes a mask: nothing is called for a right one
             size = getattr(self, name)
-            if isinstance(size, int) and size < 1:
-                raise ValueError(_text(name, "a positive number of rows", size, "Use 64 or 128."))
+            if isinstance(size, int) and size < least:
+                check = check_block if least else check_rows
+                check("BlockMask", name, size)
         if (self.cu_seqlens_q is None) != (self.cu_seqlens_kv is None):
             missing = "cu_seqlens_q" if self.cu_seqlens_q is None else "cu_seqlens_kv"
             remedy = "Pass both for packed sequences."
@@ -161,8 +161,11 @@ class BlockMask:
 
         Raises:
             TypeError: mask is not bool.
-            ValueError: mask has not 4 dimensions, or another block count than the lengths give.
+            ValueError: mask has not 4 dimensions, or another block count than the lengths give, or
+                a block size is not positive.
         """
+        check_block("BlockMask", "block_q", block_q)
+        check_block("BlockMask", "block_kv", block_kv)
         if mask.dtype != torch.bool:
             raise TypeError(_text("mask", "a bool tensor", mask.dtype, "Compare it: scores > x."))
         if mask.dim() != 4:
@@ -202,7 +205,7 @@ class BlockMask:
 
         Args:
             indices: int32 or int64 ``[batch|1, heads, blocks_q, capacity]``, any order. Entries
-                outside [0, blocks_kv) are ignored.
+                outside [0, blocks_kv) are ignored, whatever their size.
             counts: int32 or int64 ``[batch|1, heads, blocks_q]``: how many entries of a row count.
             block_q, block_kv, causal: As the attributes.
             rows_q: Default ``blocks_q * block_q``.
@@ -210,8 +213,9 @@ class BlockMask:
 
         Raises:
             TypeError: indices or counts are not integers of 32 or 64 bits.
-            ValueError: indices has not 4 dimensions.
+            ValueError: indices has not 4 dimensions, or block_kv is not positive.
         """
+        check_block("BlockMask", "block_kv", block_kv)
         for name, tensor in (("indices", indices), ("counts", counts)):
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise TypeError(_text(name, "int32 or int64", tensor.dtype, "Convert it."))
@@ -222,9 +226,9 @@ class BlockMask:
             )
         rows_q = indices.shape[2] * block_q if rows_q is None else rows_q
         rows_kv = indices.shape[3] * block_kv if rows_kv is None else rows_kv
-        bits = torch.ops.seer.block_bits_from_indices(
-            indices.to(torch.int32), counts.to(torch.int32), ceil_div(rows_kv, block_kv)
-        )
+        blocks_kv = ceil_div(rows_kv, block_kv)
+        lists, counts = as_int32(indices, -1, blocks_kv), as_int32(counts, 0, indices.shape[3])
+        bits = torch.ops.seer.block_bits_from_indices(lists, counts, blocks_kv)
         return cls(bits, block_q, block_kv, rows_q, rows_kv, causal)
 
     def to_indices(self) -> tuple[Tensor, Tensor]:

@@ -167,6 +167,15 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _fail_os(error: OSError, out: str | Path | None) -> int:
+    """Names --out where the file that could not be used is there."""
+    if out is not None and isinstance(error.filename, (str, os.PathLike)):
+        place, folder = Path(error.filename).resolve(), Path(out).resolve()
+        if place.is_relative_to(folder):
+            return _fail(f"--out {out}: {error}", FAILED)
+    return _fail(str(error), FAILED)
+
+
 def _demo(options: argparse.Namespace) -> int:
     missing = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
@@ -197,7 +206,7 @@ def _demo(options: argparse.Namespace) -> int:
     except (ConfigError, DeviceError, TextError) as error:
         return _fail(str(error), USAGE)
     except OSError as error:
-        return _fail(f"--out {options.out}: {error}", FAILED)
+        return _fail_os(error, options.out)
     return OK
 
 
@@ -218,7 +227,7 @@ def _distill(options: argparse.Namespace) -> int:
     except ValueError as error:
         return _fail(str(error), USAGE)
     except OSError as error:
-        return _fail(f"--out {options.out}: {error}", FAILED)
+        return _fail_os(error, options.out)
     return OK
 
 
@@ -252,7 +261,7 @@ def _eval(options: argparse.Namespace) -> int:
         # A KeyError's own text is in quotes.
         return _fail(str(error.args[0] if isinstance(error, KeyError) else error), USAGE)
     except OSError as error:
-        return _fail(f"--out {options.out}: {error}", FAILED)
+        return _fail_os(error, options.out)
     change = result.sparse / result.dense - 1
     print(f"dense perplexity   {result.dense:.4f}")
     print(f"sparse perplexity  {result.sparse:.4f}  ({change:+.2%})")

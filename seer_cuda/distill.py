@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from seer_cuda._contracts import check_block
 from seer_cuda._gate_kl import GateKL
 
 #: The factor on the sum of all layers' losses in both recipes.
@@ -64,13 +65,22 @@ def target_decode(
         sequence's first block are zero.
 
     Raises:
-        ValueError: group does not divide the heads.
+        ValueError: group does not divide the heads, block is below 1, or positions have another
+            shape.
     """
+    check_block("target_decode", "block", block)
     heads = pooled.shape[-3]
     if group < 1 or heads % group:
         raise ValueError(
             f"seer::target_decode: group: expected a divisor of the {heads} heads, got {group}. "
             "Pass heads_q // heads_kv."
+        )
+    rows, lead = pooled.shape[-2], tuple(pooled.shape[:-3])
+    if positions is not None and tuple(positions.shape) not in ((rows,), (*lead, rows)):
+        wanted = f"[{rows}]" + (f" or {[*lead, rows]}" if lead else "")
+        raise ValueError(
+            f"seer::target_decode: positions: expected {wanted}, got {list(positions.shape)}. Pass "
+            "one position per row of the map."
         )
     pooled = pooled.detach().to(torch.float32).unflatten(-3, (heads // group, group)).amax(-3)
     if positions is None:
@@ -164,7 +174,7 @@ def gate_loss(
     maps = math.prod(scores.shape[:-2])
     if reduction == "element_mean":
         maps *= blocks
-    return (terms * weight).sum() * (loss_scale / maps)
+    return (terms * weight).sum() * (loss_scale / max(1, maps))
 
 
 def gate_kl(
@@ -197,11 +207,13 @@ def gate_kl(
             left out.
 
     Returns:
-        fp32 scalar (float64 for float64 embeddings), differentiable once in q_gate and k_gate.
-        Rows without a target or a visible block add 0 and count in the mean. NaN if a score is.
+        fp32 scalar (float64 for float64 embeddings), differentiable once in q_gate and k_gate,
+        in reverse mode only. Rows without a target or a visible block add 0 and count in the mean.
+        NaN if a score is.
 
     Raises:
-        ValueError: unknown reduction, embeddings or a map of another shape, or no row left.
+        ValueError: unknown reduction, embeddings that do not fit each other, a map of another
+            shape or on another device, or no row left.
         RuntimeError: embeddings that `seer_cuda.gate_scores` refuses.
     """
     _check_reduction("gate_kl", reduction)
@@ -211,12 +223,18 @@ def gate_kl(
                 f"seer::gate_kl: {name}: expected [batch, blocks, heads, gate_dim], got "
                 f"{list(gate.shape)}. Pass what AttnGate.embed returns."
             )
+    _check_pair(q_gate, k_gate)
     shape = (q_gate.shape[0], q_gate.shape[2], q_gate.shape[1], k_gate.shape[1])
     if tuple(pooled.shape) != shape:
         raise ValueError(
             "seer::gate_kl: pooled: expected [batch, heads_q, blocks_q, blocks_kv] = "
             f"{list(shape)}, got {list(pooled.shape)}. Pool the attention with the gate's block "
             "sizes."
+        )
+    if pooled.device != q_gate.device:
+        raise ValueError(
+            f"seer::gate_kl: pooled: expected a tensor on {q_gate.device} (the device of q_gate), "
+            f"got {pooled.device}. Move it with .to(q_gate.device)."
         )
     rows, blocks = shape[2:]
     first = _dropped(rows, 4, drop_rows)
@@ -229,6 +247,21 @@ def gate_kl(
         terms *= blocks
     options = {"scale": scale, "causal": causal, "first_row": first}
     return GateKL.apply(q_gate, k_gate, pooled.detach(), loss_scale / max(1, terms), options)
+
+
+def _check_pair(q_gate: Tensor, k_gate: Tensor) -> None:
+    # The op checks as much, but float64 does not go through it.
+    batch, _, heads, gate_dim = q_gate.shape
+    same = (k_gate.shape[0], k_gate.shape[3], k_gate.dtype) == (batch, gate_dim, q_gate.dtype)
+    heads_k = k_gate.shape[2]
+    divides = heads % heads_k == 0 if heads_k else not heads
+    if not (same and divides and k_gate.device == q_gate.device):
+        raise ValueError(
+            f"seer::gate_kl: k_gate: expected {q_gate.dtype} [{batch}, blocks_kv, heads_k, "
+            f"{gate_dim}] on {q_gate.device}, heads_k a divisor of q_gate's {heads} heads, got "
+            f"{k_gate.dtype} {list(k_gate.shape)} on {k_gate.device}. Pass both as AttnGate.embed "
+            "returns them."
+        )
 
 
 def _check_reduction(op: str, reduction: str) -> None:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from seer_cuda._checkpoint import check_gate_state, released_gate_state
-from seer_cuda._contracts import check_gate_alignment
+from seer_cuda._contracts import ceil_div, check_gate_alignment
 from seer_cuda._gate_config import GATE_NAMES, GateConfig
 from seer_cuda._gate_layers import GateNorm, HeadLinear
 from seer_cuda._gate_math import norm_rotate
 from seer_cuda._packed import Packed
 from seer_cuda._rope_tables import KeptTables
-from seer_cuda.block_mask import BlockMask, ceil_div
+from seer_cuda.block_mask import BlockMask
 from seer_cuda.gate_ops import POOLS, gate_scores, pool_gate
 from seer_cuda.prefill import gate_mask
 from seer_cuda.select import Method, Rule
@@ -322,8 +322,8 @@ class AttnGate(nn.Module):
     def forward(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> Tensor:
         """Gate scores, fp32 ``[batch, heads_q, blocks_q, blocks_kv]``, -inf where not visible.
 
-        Arguments and errors as in `embed`. Differentiable in the weights, q and k; this is what
-        `seer_cuda.distill.gate_loss` takes.
+        Arguments and errors as in `embed`. Differentiable in the weights, q and k, in reverse
+        mode only; this is what `seer_cuda.distill.gate_loss` takes.
         """
         return gate_scores(*self.embed(q, k, positions))
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from seer_cuda.block_mask import ceil_div
+from seer_cuda._contracts import ceil_div
 
 if TYPE_CHECKING:
     from seer_cuda.gate import AttnGate
@@ -67,6 +67,11 @@ class GateKeyCache:
             )
         self._max_rows = max_rows
         self._rows = 0
+
+    @property
+    def gate(self) -> AttnGate:
+        """What embedded the keys."""
+        return self._gate
 
     @property
     def rows(self) -> int:
@@ -125,12 +130,14 @@ class GateKeyCache:
         It moves then: a CUDA graph captured before goes on with the old one.
         """
         if max_rows > self._max_rows:
-            self._max_rows = max(max_rows, 2 * self._max_rows)
+            most = max(max_rows, 2 * self._max_rows)
             block, (batch, _, *width) = self._gate.config.block, self._room.shape
             old = self.keys
             with torch.inference_mode(False):  # as where it was made
-                self._room = old.new_empty(batch, ceil_div(self._max_rows, block), *width)
-            self._room[:, : old.shape[1]].copy_(old)
+                room = old.new_empty(batch, ceil_div(most, block), *width)
+            room[:, : old.shape[1]].copy_(old)
+            # Where there is no memory for it, the cache is as before.
+            self._room, self._max_rows = room, most
         return self
 
     def truncate(self, rows: int) -> GateKeyCache:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from seer_cuda._contracts import check_gate_alignment, rows_of_blocks
+from seer_cuda._contracts import check_block, check_gate_alignment, rows_of_blocks
 from seer_cuda._gate_pooling import POOL_AVG, POOL_MAX, POOL_MIN
 from seer_cuda.block_mask import BlockMask
 from seer_cuda.select import Method, resolve_method
@@ -85,8 +85,8 @@ def pool_gate(
         ``[batch, ceil(rows / block), heads_out, gate_dim]`` of x's dtype. Products and RoPE in
         fp32, pooled values rounded to x's dtype before the product, one rounding at the end.
 
-    Differentiable in x and weight; max and min pass the gradient to the first element that
-    attains them.
+    Differentiable in x and weight, in reverse mode only: forward mode drops tangents. max and min
+    pass the gradient to the first element that attains them.
 
     Raises:
         ValueError, TypeError: pools.
@@ -127,7 +127,8 @@ def gate_scores(
 
     Returns:
         fp32 ``[batch, heads_q, blocks_q, blocks_kv]``, -inf where not visible. Differentiable in
-        both embeddings; the gradient of a hidden score is dropped.
+        both embeddings, in reverse mode only: forward mode drops tangents; the gradient of a
+        hidden score is dropped.
 
     Raises:
         RuntimeError: refused by the op.
@@ -181,12 +182,15 @@ def gate_select(
         causal rule hides, nor a NaN score except by sink, local or dense_last_rows.
 
     Raises:
-        ValueError: unknown method, value out of its range, lengths that do not fit the blocks, or
-            with causal unequal blocks or rows_kv - rows_q that is no multiple of the block.
+        ValueError: unknown method, value out of its range, a block size below 1, lengths that do
+            not fit the blocks, or with causal unequal blocks or rows_kv - rows_q that is no
+            multiple of the block.
         TypeError: value is not a number.
         RuntimeError: refused by the op.
     """
     number, value = resolve_method("gate_select", method, value)
+    check_block("gate_select", "block_q", block_q)
+    check_block("gate_select", "block_kv", block_kv)
     blocks_q, blocks_kv = q_gate.shape[1], k_gate.shape[1]
     rows_q = rows_of_blocks("gate_select", "rows_q", rows_q, block_q, blocks_q)
     rows_kv = rows_of_blocks("gate_select", "rows_kv", rows_kv, block_kv, blocks_kv)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seer_cuda._attn_math import matmul
-from seer_cuda.block_mask import ceil_div
+from seer_cuda._contracts import ceil_div, check_block, check_counts, check_forced, check_rows
 
 
 def vertical_slash(
@@ -32,13 +32,15 @@ def vertical_slash(
         scale: Softmax scale. Default ``head_dim ** -0.5``.
 
     Raises:
-        ValueError: q and k of other shapes, or last < 1.
+        ValueError: q and k of other shapes, block < 1, or last < 1.
     """
-    rows, group = _check("vertical_slash", q, k)
+    rows, group = _check("vertical_slash", q, k, block)
     if last < 1:
         raise ValueError(
             f"seer::vertical_slash: last: expected at least 1, got {last}. Look at a row."
         )
+    if not rows:
+        return q.new_empty((q.shape[0], q.shape[2], 0, 0), dtype=torch.float32)
     last = min(last, rows)
     seen = q[:, rows - last :].unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4)
     keys = k.permute(0, 2, 3, 1)
@@ -85,9 +87,9 @@ def antidiagonal(
         scale: Softmax scale. Default ``head_dim ** -0.5``.
 
     Raises:
-        ValueError: q and k of other shapes, or a stride that does not divide block.
+        ValueError: q and k of other shapes, block < 1, or a stride that does not divide block.
     """
-    rows, group = _check("antidiagonal", q, k)
+    rows, group = _check("antidiagonal", q, k, block)
     if stride < 1 or block % stride:
         raise ValueError(
             f"seer::antidiagonal: stride: expected a divisor of block = {block}, got {stride}. "
@@ -121,9 +123,9 @@ def pooled_qk(q: Tensor, k: Tensor, *, block: int = 64, scale: float | None = No
         scale: Factor. Default ``head_dim ** -0.5``.
 
     Raises:
-        ValueError: q and k of other shapes.
+        ValueError: q and k of other shapes, or block < 1.
     """
-    rows, group = _check("pooled_qk", q, k)
+    rows, group = _check("pooled_qk", q, k, block)
     blocks = ceil_div(rows, block)
     padding = (0, 0, 0, 0, 0, blocks * block - rows)
     counts = (rows - block * torch.arange(blocks, device=q.device)).clamp_max(block)
@@ -146,7 +148,13 @@ def sink_local(
         block: Tokens per block.
         sink: First blocks that come before all others.
         device: Where the scores are made.
+
+    Raises:
+        ValueError: block < 1, or a negative number of rows or sinks.
     """
+    check_block("sink_local", "block", block)
+    check_rows("sink_local", "rows", rows)
+    check_forced("sink_local", sink, 0, 0)
     blocks = ceil_div(rows, block)
     scores = torch.arange(blocks, dtype=torch.float32, device=device).repeat(blocks, 1)
     scores[:, :sink] += blocks  # above every index of a block
@@ -169,7 +177,13 @@ def random(
         block: Tokens per block.
         seed: Of the draw.
         device: Where the scores go.
+
+    Raises:
+        ValueError: block < 1, or a negative number of rows or heads.
     """
+    check_block("random", "block", block)
+    check_rows("random", "rows", rows)
+    check_counts("random", "Pass the model's query heads.", heads=heads)
     blocks = ceil_div(rows, block)
     generator = torch.Generator().manual_seed(seed)
     return torch.rand((1, heads, blocks, blocks), generator=generator).to(device)
@@ -179,8 +193,9 @@ def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def _check(function: str, q: Tensor, k: Tensor) -> tuple[int, int]:
+def _check(function: str, q: Tensor, k: Tensor, block: int) -> tuple[int, int]:
     """Rows and query heads per KV head."""
+    check_block(function, "block", block)
     fits = q.dim() == 4 and k.dim() == 4 and q.shape[:2] == k.shape[:2]
     if not fits or q.shape[-1] != k.shape[-1] or not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(

@@ -197,8 +197,8 @@ def attn_pool(
         where nothing is visible. Packed maps have the block counts of the longest sequence and
         are 0 past a shorter one.
 
-    Differentiable in q, k and v through out. lse and pooled are targets, not part of the graph:
-    requires_grad is False on both.
+    Differentiable in q, k and v through out, in reverse mode only: forward mode drops tangents.
+    lse and pooled are targets, not part of the graph: requires_grad is False on both.
 
     Raises:
         ValueError: reduce is neither of the two.

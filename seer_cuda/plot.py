@@ -67,8 +67,8 @@ def plot_block_mask(
     every = mask.heads if pooled is None else max(mask.heads, pooled.shape[1])
     heads = min(every, max_heads)
     kinds = 1 if pooled is None else 2  # panels per head
-    columns = min(heads, 4 // kinds)  # heads per line
-    lines = math.ceil(heads / columns)
+    columns = max(1, min(heads, 4 // kinds))  # heads per line
+    lines = max(1, math.ceil(heads / columns))
     figure, axes = plt.subplots(
         lines,
         columns * kinds,
@@ -177,7 +177,7 @@ def plot_attention_map(
 
 def _scale_floor(pooled: Tensor, visible: Tensor) -> float:
     """Low end of the colour scale: the power of ten below nearly all visible values."""
-    seen = pooled.detach().float().cpu()[..., visible]
+    seen = pooled.detach().float().cpu()[..., visible].nan_to_num()
     if seen.numel() == 0:
         return _FLOOR
     low = seen.flatten()[:: max(1, seen.numel() // 100_000)].quantile(0.01).clamp(_FLOOR, 0.1)

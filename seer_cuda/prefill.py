@@ -17,7 +17,7 @@ from seer_cuda._packed import Packed
 from seer_cuda.block_mask import BlockMask
 from seer_cuda.gate_ops import gate_select
 from seer_cuda.ops import block_sparse_attn
-from seer_cuda.select import Rule
+from seer_cuda.select import Rule, check_rule
 
 if TYPE_CHECKING:
     from seer_cuda.gate import AttnGate
@@ -64,10 +64,12 @@ def gate_mask(
 
     Raises:
         ValueError: q, k or positions of another shape, rows_kv < rows_q, queries that do not
-            start at a multiple of the block, or one of cu_seqlens without the other, or both with a
-            cache.
+            start at a multiple of the block, one of cu_seqlens without the other, both with a
+            cache, or a cache of another gate.
+        TypeError: select is not a `Rule`.
         RuntimeError: refused by an op.
     """
+    check_rule("gate_mask", "select", select)
     block = gate.config.block
     lengths = (cu_seqlens_q, cu_seqlens_kv, max_rows_q, max_rows_kv)
     packed = Packed.of("gate_mask", *lengths)
@@ -84,6 +86,11 @@ def gate_mask(
             rows_q, rows_kv = q.shape[1], k.shape[1]
             q_gate, k_gate = gate.embed(q, k, positions)
         else:
+            if k.gate is not gate:
+                raise ValueError(
+                    "seer::gate_mask: gate: expected the gate of the cache k, got another one. "
+                    "Make a cache for each gate."
+                )
             rows_q, rows_kv, k_gate = q.shape[1], k.rows, k.keys
             first = rows_kv - rows_q
             if first < 0:
@@ -181,7 +188,7 @@ def sparse_prefill(
         for which nothing is kept is 0 with lse -inf; ``Rule(local=1)`` keeps its own block.
 
     Raises:
-        ValueError: as `gate_mask`, or q_rope or k_rope of other lengths than q and k.
+        ValueError, TypeError: as `gate_mask`, or q_rope or k_rope of other lengths than q and k.
         RuntimeError: refused by an op.
         NotImplementedError: on backward; the attention is forward-only.
     """

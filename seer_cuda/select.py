@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from seer_cuda import _gate_math
-from seer_cuda._contracts import check_forced, rows_of_blocks
-from seer_cuda.block_mask import BlockMask, ceil_div
+from seer_cuda._contracts import ceil_div, check_block, check_forced, check_rows, rows_of_blocks
+from seer_cuda.block_mask import BlockMask
 
 #: Names of the selection rules and their numbers in ``torch.ops.seer.gate_select``.
 METHODS: dict[str, int] = {
@@ -96,6 +96,15 @@ class Rule:
         check_forced("Rule", self.sink, self.local, self.dense_last_rows)
 
 
+def check_rule(op: str, name: str, rule: object) -> None:
+    """TypeError unless this is a `Rule`."""
+    if not isinstance(rule, Rule):
+        raise TypeError(
+            f"seer::{op}: {name}: expected a seer_cuda.Rule, got {rule!r}. Pass e.g. "
+            'Rule("topk", 16, local=1).'
+        )
+
+
 def density_to_k(density: float, blocks_kv: int) -> int:
     """Blocks per row whose causal top-k mask keeps about `density` of the visible blocks.
 
@@ -141,7 +150,7 @@ def from_scores(
 
     Raises:
         ValueError: unknown method, value out of range, scores not 4-D, rows that do not fit the
-            blocks, negative sink, local or dense_last_rows.
+            blocks, a block size below 1, negative sink, local or dense_last_rows.
         TypeError: value is not a number, or scores are not floating point.
     """
     number, value = resolve_method("from_scores", method, value)
@@ -156,9 +165,11 @@ def from_scores(
             "Convert them to float32."
         )
     check_forced("from_scores", sink, local, dense_last_rows)
+    check_block("from_scores", "block_q", block_q)
+    check_block("from_scores", "block_kv", block_kv)
     rows_q = rows_of_blocks("from_scores", "rows_q", rows_q, block_q, scores.shape[2])
     rows_kv = rows_of_blocks("from_scores", "rows_kv", rows_kv, block_kv, scores.shape[3])
-    empty = _no_blocks(rows_q, rows_kv, block_q, block_kv, causal, scores.device)
+    empty = _no_blocks("from_scores", rows_q, rows_kv, block_q, block_kv, causal, scores.device)
     visible = empty.causal_visible()
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     kept = _gate_math.select_scores(scores, visible, number, value, probabilities)
@@ -167,8 +178,12 @@ def from_scores(
 
 
 def _no_blocks(
-    rows_q: int, rows_kv: int, block_q: int, block_kv: int, causal: bool, device: object
+    op: str, rows_q: int, rows_kv: int, block_q: int, block_kv: int, causal: bool, device: object
 ) -> BlockMask:
+    check_block(op, "block_q", block_q)
+    check_block(op, "block_kv", block_kv)
+    check_rows(op, "rows_q", rows_q)
+    check_rows(op, "rows_kv", rows_kv)
     words = ceil_div(ceil_div(rows_kv, block_kv), 32)
     bits = torch.zeros((1, 1, ceil_div(rows_q, block_q), words), dtype=torch.int32, device=device)
     return BlockMask(bits, block_q, block_kv, rows_q, rows_kv, causal)
@@ -197,10 +212,10 @@ def sink_local(
         device: Where the mask is made.
 
     Raises:
-        ValueError: negative sink, local or dense_last_rows.
+        ValueError: negative rows, sink, local or dense_last_rows, or a block size below 1.
     """
     check_forced("sink_local", sink, local, dense_last_rows)
-    empty = _no_blocks(rows_q, rows_kv, block_q, block_kv, causal, device)
+    empty = _no_blocks("sink_local", rows_q, rows_kv, block_q, block_kv, causal, device)
     kept = _gate_math.forced_blocks(
         empty.causal_visible(), empty.blocks_q, sink, local, dense_last_rows
     )
@@ -234,13 +249,14 @@ def random_blocks(
         device: Where the mask is made.
 
     Raises:
-        ValueError: density outside [0, 1].
+        ValueError: density outside [0, 1], negative rows or local, or a block size below 1.
     """
     if not 0 <= density <= 1:
         raise ValueError(
             f"seer::random_blocks: density: expected a share in [0, 1], got {density}. Choose one."
         )
-    empty = _no_blocks(rows_q, rows_kv, block_q, block_kv, causal, device)
+    check_forced("random_blocks", 0, local, 0)
+    empty = _no_blocks("random_blocks", rows_q, rows_kv, block_q, block_kv, causal, device)
     visible = empty.causal_visible()
     shape = (batch, heads, *visible.shape)
     forced = _gate_math.forced_blocks(

@@ -12,6 +12,8 @@ from seer_cuda.gate import GateConfig
 
 #: The smallest block size of the compiled CUDA kernels; the CPU kernels also take 16 and 32.
 _CUDA_BLOCK = 64
+# A run makes its own seeds of this one and small numbers; they fit 64 bits.
+_SEEDS = 2**31
 #: With fewer, 10 % of the causal triangle is the diagonal alone and leaves nothing to choose.
 LEAST_BLOCKS = 40
 
@@ -167,9 +169,11 @@ def make_config(
         context: Tokens of a window.
 
     Raises:
-        ConfigError: a number below 1, or a context that is not a multiple of the block with at
-            least `LEAST_BLOCKS` blocks.
+        ConfigError: a seed out of its range, a number below 1, or a context that is not a multiple
+            of the block with at least `LEAST_BLOCKS` blocks.
     """
+    if not 0 <= seed < _SEEDS:
+        raise ConfigError(f"--seed: expected 0 to {_SEEDS - 1}, got {seed}.")
     config = replace(SIZES[size], device=device, seed=seed)
     given = {"steps": steps, "distil-steps": distil_steps, "windows": windows, "context": context}
     for name, value in given.items():

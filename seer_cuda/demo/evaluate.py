@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out perplexity and selection quality of the learned gate and of its rivals.
 
-Every method is a score per pair of blocks, and one rule picks from all of them: each row keeps its
-diagonal block and the best others, k = max(1, floor((1 - sqrt(1 - density)) blocks)) in all (every
-visible block where a row has fewer). So all methods keep exactly as many blocks in every row.
+Every method is a score per pair of blocks, and one rule picks from all of them, that of
+`_equal_choice`. So all methods keep exactly as many blocks in every row.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import seer_cuda
-from seer_cuda import BlockMask
+from seer_cuda import BlockMask, _equal_choice, heuristics
+from seer_cuda._equal_choice import open_blocks
 from seer_cuda._timing import median_ms
 from seer_cuda.demo.config import DemoConfig
 from seer_cuda.demo.model import AttentionInput, CausalLM, next_byte_loss
@@ -29,7 +29,6 @@ from seer_cuda.demo.train import Advance
 
 GATE, ORACLE, SINK_LOCAL, RANDOM = "learned gate", "oracle", "sink + local", "random"
 METHODS = (ORACLE, GATE, SINK_LOCAL, RANDOM)
-_FIRST = 1e4  # score of a block that comes before every real one but the diagonal
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,7 @@ class Results:
 
 def keep(scores: Tensor, density: float, config: DemoConfig) -> BlockMask:
     """The common rule: the diagonal and the best others, equally many for every method."""
-    diagonal = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
-    scores = scores.masked_fill(diagonal, torch.inf)
-    block = config.block
-    return seer_cuda.select.from_scores(scores, "density", density, block_q=block, block_kv=block)
+    return _equal_choice.keep(scores, density, config.block)
 
 
 class Scorer:
@@ -100,20 +96,18 @@ class Scorer:
         self.config, self.gates = config, gates
 
     def __call__(self, method: str, x: AttentionInput, batch_index: int) -> Tensor:
-        blocks, device = self.config.blocks, x.q.device
+        (batch, rows, heads), device = x.q.shape[:3], x.q.device
         if method == GATE:
             return self.gates[x.layer](x.q, x.k)
         if method == ORACLE:
             return true_map(x, self.config)[2]
         if method == SINK_LOCAL:
-            scores = torch.arange(blocks, dtype=torch.float32, device=device).repeat(blocks, 1)
-            scores[:, 0] = _FIRST
-            return scores.expand(1, x.q.shape[2], -1, -1)
-        # Drawn on the CPU: the same choice on every device.
+            scores = heuristics.sink_local(rows, block=self.config.block, device=device)
+            return scores.expand(1, heads, -1, -1)
         seed = (self.config.seed * 1009 + x.layer) * 1009 + batch_index
-        generator = torch.Generator().manual_seed(seed)
-        shape = (x.q.shape[0], x.q.shape[2], blocks, blocks)
-        return torch.rand(shape, generator=generator).to(device)
+        sizes = {"block": self.config.block, "seed": seed, "device": device}
+        # Every window has a choice of its own.
+        return heuristics.random(rows, batch * heads, **sizes).unflatten(1, (batch, heads))[0]
 
 
 def true_map(x: AttentionInput, config: DemoConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,7 +231,7 @@ class Quality:
         for method in (GATE, SINK_LOCAL, RANDOM):
             scores[method] = self.score(method, x, batch_index)
         for density in self.config.evaluation.densities:
-            best = keep(pooled, density, self.config).to_dense() & self._open(density, x.q.device)
+            best = keep(pooled, density, self.config).to_dense() & open_blocks(density, pooled)
             for method in METHODS:
                 mask = keep(scores[method], density, self.config)
                 found = (mask.to_dense() & best).sum() / best.sum().clamp_min(1)
@@ -252,13 +246,6 @@ class Quality:
                     self.sums[quantity, method, density] += [value.item()] * x.q.shape[0]
         self._note_diagonal(scores[GATE])
         return out
-
-    def _open(self, density: float, device: torch.device) -> Tensor:
-        """bool ``[blocks, blocks]``: where methods can differ. Not the diagonal, nor rows that keep
-        all they see."""
-        row = torch.arange(self.config.blocks, device=device)
-        choice = row >= seer_cuda.select.density_to_k(density, self.config.blocks)
-        return choice[:, None] & (row[:, None] != row)
 
     def _note_diagonal(self, scores: Tensor) -> None:
         """How often the gate alone, nothing forced, would have kept the diagonal."""

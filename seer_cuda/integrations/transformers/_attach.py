@@ -113,6 +113,7 @@ def configure(
 
     Raises:
         ValueError: unknown mode, or no gates.
+        TypeError: rule is not a `Rule`.
     """
     state = state_of(model, "configure")
     if mode is not None:

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which blocks a layer keeps in a study: the methods' scores and the rules that pick from them.
 
-density: every row keeps its diagonal block and the best others, k = max(1, floor((1 -
-sqrt(1 - density)) blocks)) in all (every visible block where a row has fewer), so all methods keep
-equally many blocks in every row of every head. The rules of `_adaptive` keep as many on the mean
-of all rows, heads and layers. Without a target, threshold goes the way of the product: `gate_mask`
-with the diagonal kept.
+density: the rule of `_equal_choice`, so all methods keep equally many blocks in every row of every
+head. The rules of `_adaptive` keep as many on the mean of all rows, heads and layers. Without a
+target, threshold goes the way of the product: `gate_mask` with the diagonal kept.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seer_cuda import heuristics, select
+from seer_cuda import _equal_choice, heuristics
 from seer_cuda.block_mask import BlockMask
 from seer_cuda.integrations.transformers import _adaptive
 from seer_cuda.integrations.transformers._state import Prompt
@@ -88,11 +86,7 @@ def scores(method: str, prompt: Prompt, window: int = 0) -> Tensor:
 
 def keep(values: Tensor, density: float, prompt: Prompt) -> BlockMask:
     """The common rule: the diagonal and the best others, equally many for every method."""
-    blocks, block, rows = values.shape[-1], prompt.gate.config.block, prompt.q.shape[1]
-    diagonal = torch.eye(blocks, dtype=torch.bool, device=values.device)
-    values = values.masked_fill(diagonal, torch.inf)
-    sizes = {"block_q": block, "block_kv": block, "rows_q": rows, "rows_kv": rows}
-    return select.from_scores(values, "density", density, **sizes)
+    return _equal_choice.keep(values, density, prompt.gate.config.block, prompt.q.shape[1])
 
 
 def strengths(method: str, rule: str, prompt: Prompt, window: int = 0) -> Tensor:

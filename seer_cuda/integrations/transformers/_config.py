@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from seer_cuda._gate_config import GateConfig
-from seer_cuda.select import Rule
+from seer_cuda._gate_config import GATE_NAMES, GateConfig, is_whole
+from seer_cuda.select import Rule, check_rule
 
 Mode = Literal["dense", "distilling", "joint", "sparse"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -47,6 +47,7 @@ class SeerConfig:
 
     Raises:
         ValueError: a field outside its contract.
+        TypeError: rule is not a `Rule`.
     """
 
     mode: Mode = "sparse"
@@ -59,10 +60,21 @@ class SeerConfig:
 
     def __post_init__(self) -> None:
         check_mode("SeerConfig", self.mode)
-        if self.block not in _BLOCKS:
+        check_rule("SeerConfig", "rule", self.rule)
+        if self.gate not in GATE_NAMES:
+            raise ValueError(
+                "seer::SeerConfig: gate: expected one of seer_cuda.gate.GATE_NAMES, got "
+                f"{self.gate!r}. Use Qavg_Kmaxminavg."
+            )
+        if self.gate_dim is not None and not (is_whole(self.gate_dim) and self.gate_dim >= 1):
+            raise ValueError(
+                "seer::SeerConfig: gate_dim: expected a whole number of at least 1, got "
+                f"{self.gate_dim!r}. Leave it out for the model's head_dim."
+            )
+        if not is_whole(self.block) or self.block not in _BLOCKS:
             raise ValueError(
                 f"seer::SeerConfig: block: expected one of {', '.join(map(str, _BLOCKS))}, got "
-                f"{self.block}. Use 64."
+                f"{self.block!r}. Use 64."
             )
 
     def gate_config(
@@ -108,7 +120,7 @@ class SeerConfig:
         Raises:
             ValueError: a key of a decode adapter, or a value outside its contract; names the key.
         """
-        method = keys.get("seerattn_sparsity_method", "threshold")
+        method = _typed(keys, "seerattn_sparsity_method", "threshold")
         if method == "token_budget" or "seerattn_k_seq_pooling_type" in keys:
             raise ValueError(
                 "seer::load_gates: config.json: expected a prefill adapter (seerattn_gate_type), "
@@ -121,15 +133,14 @@ class SeerConfig:
             )
         method, key = _METHODS[method]
         value = keys.get(key, _DEFAULT_VALUES.get(key))
-        last = _LAST_ROWS if keys.get("seerattn_last_block_dense", True) else 0
+        last = _LAST_ROWS if _typed(keys, "seerattn_last_block_dense", True) else 0
+        forced = {
+            "sink": _typed(keys, "seerattn_sink_blocks", 0),
+            "local": _typed(keys, "seerattn_local_blocks", 0),
+            "dense_last_rows": _typed(keys, "seerattn_dense_last_rows", last),
+        }
         try:
-            rule = Rule(
-                method,
-                value,
-                sink=keys.get("seerattn_sink_blocks", 0),
-                local=keys.get("seerattn_local_blocks", 0),
-                dense_last_rows=keys.get("seerattn_dense_last_rows", last),
-            )
+            rule = Rule(method, value, **forced)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"seer::load_gates: {key}: expected a value of seerattn_sparsity_method, got "
@@ -138,12 +149,23 @@ class SeerConfig:
         return cls(
             mode=mode,
             rule=rule,
-            gate=keys.get("seerattn_gate_type", cls.gate),
-            gate_dim=keys.get("seerattn_gate_hidden_size", 128),
-            block=keys.get("seerattn_gate_block_size", 64),
-            force_double=keys.get("seerattn_gate_force_double", False),
-            qk_norm=keys.get("seerattn_use_qk_norm", False),
+            gate=_typed(keys, "seerattn_gate_type", cls.gate),
+            gate_dim=_typed(keys, "seerattn_gate_hidden_size", 128),
+            block=_typed(keys, "seerattn_gate_block_size", 64),
+            force_double=_typed(keys, "seerattn_gate_force_double", False),
+            qk_norm=_typed(keys, "seerattn_use_qk_norm", False),
         )
+
+
+def _typed(keys: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value of a key; ValueError unless it has the type of its default."""
+    value = keys.get(key, default)
+    if type(value) is not type(default):
+        raise ValueError(
+            f"seer::load_gates: {key}: expected {type(default).__name__}, got {value!r}. Correct "
+            "config.json."
+        )
+    return value
 
 
 def check_mode(function: str, mode: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,14 +105,14 @@ def load_gates(
 
     Raises:
         FileNotFoundError: no such folder or file.
-        KeyError, ValueError: weights that the model's gates lack or do not fit; names the key.
-            The model is then as before.
+        KeyError, ValueError: weights that the model's gates lack or do not fit, names the key; or
+            a damaged file, names it. The model is then as before.
     """
     folder = Path(folder)
     fresh = attached_config(model) is None
     if fresh:
         path = _existing(folder, ["config.json"])
-        attach(model, SeerConfig.from_released(json.loads(path.read_text()), mode), dtype=dtype)
+        attach(model, SeerConfig.from_released(_settings(path), mode), dtype=dtype)
     try:
         _load(gates(model), _read(folder))
     except BaseException:
@@ -163,13 +163,41 @@ def _load(own: list[AttnGate], state: dict[str, Tensor]) -> None:
         gate.load_released_state_dict(layers[index])
 
 
+def _settings(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither UTF-8 nor JSON
+        raise _damaged(path, "a JSON object", error) from error
+    if not isinstance(found, Mapping):
+        raise _damaged(path, "a JSON object", type(found).__name__)
+    return found
+
+
 def _read(folder: Path) -> dict[str, Tensor]:
     path = _existing(folder, list(WEIGHTS.values()))
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError, ImportError):
+        raise
+    except Exception as error:  # pickles and archives break in many ways
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise _damaged(path, "weights by name", reason) from error
+    named = isinstance(state, Mapping) and all(isinstance(key, str) for key in state)
+    if not (named and all(isinstance(value, Tensor) for value in state.values())):
+        raise _damaged(path, "weights by name", type(state).__name__ + " of something else")
+    return state
+
+
+def _damaged(path: Path, expected: str, got: object) -> ValueError:
+    return ValueError(
+        f"seer::load_gates: {path}: expected {expected}, got: {got}. Download the adapter again, "
+        "or save the gates again."
+    )
 
 
 def _existing(folder: Path, names: list[str]) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,14 @@ def study(
     """
     if context < 2 or windows < 1:
         raise RunError("--context, --windows: expected at least 2 tokens and 1 window, got less.")
+    # A density that is named twice would count its windows twice.
+    densities, thresholds = list(dict.fromkeys(densities)), list(dict.fromkeys(thresholds))
+    if not densities or not all(0 < density <= 1 for density in densities):
+        got = ", ".join(map(str, densities)) or "none"
+        raise RunError(f"--densities: expected each density in (0, 1], got {got}.")
+    if not all(0 <= threshold < math.inf for threshold in thresholds):
+        got = ", ".join(map(str, thresholds))
+        raise RunError(f"--thresholds: expected probabilities of at least 0, got {got}.")
     if calibration < 0:
         raise RunError(f"--calibration: expected 0 or more windows, got {calibration}.")
     wanted = _study.selections(densities, thresholds)

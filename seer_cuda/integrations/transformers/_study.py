@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seer_cuda import select
+from seer_cuda._equal_choice import open_blocks
 from seer_cuda._timing import median_ms
 from seer_cuda.block_mask import BlockMask
 from seer_cuda.integrations.transformers import _adaptive
@@ -189,7 +189,7 @@ class _Quality:
             kept = mask.to_dense().expand_as(mass)
             values = {"mass": (mass * kept).sum() / mass.sum()}
             if one.rule == "density":
-                best = keep(oracle, one.value, prompt).to_dense() & _open(one.value, oracle)
+                best = keep(oracle, one.value, prompt).to_dense() & open_blocks(one.value, oracle)
                 # Where nothing but diagonals is kept, there is nothing to miss.
                 missed = (best & ~kept).sum() / best.sum().clamp_min(1)
                 values["recall"] = 1 - missed
@@ -202,14 +202,6 @@ class _Quality:
             name: statistics.fmean(float(values[name]) for values in self.seen[one])
             for name in names
         }
-
-
-def _open(density: float, scores: Tensor) -> Tensor:
-    """bool ``[blocks, blocks]``: where methods can differ."""
-    blocks = scores.shape[-1]
-    row = torch.arange(blocks, device=scores.device)
-    choice = row >= select.density_to_k(density, blocks)
-    return choice[:, None] & (row[:, None] != row)
 
 
 @torch.no_grad()

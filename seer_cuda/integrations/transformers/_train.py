@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from seer_cuda.integrations.transformers._corpus import Corpus, RunError, load, 
 from seer_cuda.integrations.transformers._files import WEIGHTS, load_gates, save_gates
 from seer_cuda.integrations.transformers._lm import keep_less, lm_loss, save_model
 from seer_cuda.integrations.transformers._log import Log, check_tensorboard
+from seer_cuda.integrations.transformers._options import Distill, schedule
 from seer_cuda.integrations.transformers._ranks import Ranks, joined
 from seer_cuda.integrations.transformers._windows import KeptWindows
 from seer_cuda.select import Rule
@@ -35,84 +36,6 @@ from seer_cuda.select import Rule
 LOG, MODEL = "log.csv", "model"
 # What a run that goes on may change; with anything else it would be another run.
 _FREE = ("out", "save_every", "device", "checkpointing", "tensorboard")
-_JOINT = ("model_lr", "gate_scale", "checkpointing")
-
-
-@dataclass(frozen=True)
-class Distill:
-    """Options of a training run; those of the reference's recipes are the rates, warm_up and the
-    losses.
-
-    Attributes:
-        cache: Windows that the model computes once and steps draw from; 0: every step has new
-            ones.
-        gates: A folder with gates to begin with; None: new ones.
-        gate, gate_dim: Form of new ones, as in `SeerConfig`.
-        train_all: Train the model too, on its own loss plus gate_scale times the gates'.
-        model_lr: The model's rate; lr is the gates'.
-        checkpointing: Keep a layer's input only and compute the layer again in backward.
-        tensorboard: A folder for its events.
-    """
-
-    model: str
-    text: str
-    out: str
-    context: int = 8192
-    batch: int = 1
-    accumulate: int = 16
-    steps: int = 500
-    lr: float = 1e-3
-    warm_up: int = 20
-    seed: int = 0
-    save_every: int = 25
-    device: str = "auto"
-    cache: int = 0
-    gates: str | None = None
-    gate: str = SeerConfig.gate
-    gate_dim: int | None = None
-    train_all: bool = False
-    model_lr: float = 1e-5
-    gate_scale: float = LOSS_SCALE
-    checkpointing: bool = False
-    tensorboard: str | None = None
-
-    def __post_init__(self) -> None:
-        defaults = {field.name: field.default for field in fields(self)}
-        for name in _JOINT:
-            value = getattr(self, name)
-            if not self.train_all and value != defaults[name]:
-                raise RunError(
-                    f"{option(name)}: expected --train-all with it, got none. Add --train-all, or "
-                    "leave it out: gates alone need nothing of the model but its forward."
-                )
-            if not (value >= 0 and math.isfinite(value)):
-                raise RunError(f"{option(name)}: expected a finite number >= 0, got {value}.")
-        if self.train_all and self.cache:
-            raise RunError(
-                f"--cache: expected none with --train-all, got {self.cache}. A model that trains "
-                "computes every window anew."
-            )
-        if self.cache < 0:
-            raise RunError(f"--cache: expected at least 0, got {self.cache}.")
-        if self.gates is not None and (self.gate, self.gate_dim) != (SeerConfig.gate, None):
-            raise RunError(
-                "--gate, --gate-dim: expected none with --gates, got one. Gates in a folder have "
-                "their form."
-            )
-        for name in ("context", "batch", "accumulate", "steps", "save_every"):
-            if getattr(self, name) < 1:
-                raise RunError(f"{option(name)}: expected at least 1, got {getattr(self, name)}.")
-
-    @property
-    def peaks(self) -> dict[str, float]:
-        """The highest rates: of the gates, then of the model if it trains."""
-        return {"lr": self.lr} | ({"model_lr": self.model_lr} if self.train_all else {})
-
-
-def schedule(step: int, options: Distill) -> float:
-    """Factor on the rates: linear warm-up, then half a cosine down to 0."""
-    rise = min(1.0, (step + 1) / max(1, options.warm_up))
-    return rise * 0.5 * (1 + math.cos(math.pi * step / options.steps))
 
 
 def distill(options: Distill) -> Path:
@@ -203,7 +126,12 @@ def _run(options: Distill, folder: Path, ranks: Ranks) -> Path:
             last = {"grad_norm": norm, "tokens": tokens, "seconds": seconds}
             if log is not None:
                 log.row({"step": done, **losses, **rates, **last})
-            if ranks.first and (done % options.save_every == 0 or done == options.steps):
+            if done % options.save_every and done != options.steps:
+                continue
+            # A step can overflow weights whose gradient was finite. Every process sees it.
+            largest = torch.stack([weight.detach().abs().amax() for weight in weights]).amax()
+            _check_finite("weight", largest.item(), step, options)
+            if ranks.first:
                 checkpoint.save(folder, fixed, model, own, optimiser, done)
     finally:
         if log is not None:
@@ -381,8 +309,10 @@ def open_model(folder: str, device: str, dtype: torch.dtype | None = None) -> tu
     try:
         model = load_model(folder, local_files_only=True, **{name: dtype or default})
         tokenizer = load_tokenizer(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # each format of weights breaks in ways of its own
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise RunError(
             f"--model: expected a model and its tokenizer in {folder}, got: {reason}"
         ) from error

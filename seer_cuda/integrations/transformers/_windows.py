@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from seer_cuda._contracts import ceil_div
 from seer_cuda._gate_pooled import embed_pooled, pooled_inputs
-from seer_cuda.block_mask import ceil_div
 from seer_cuda.distill import gate_kl
 from seer_cuda.integrations.transformers._attach import choosing, gates
 from seer_cuda.integrations.transformers._corpus import RunError
