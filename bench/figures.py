@@ -242,13 +242,16 @@ def speed_section(record: dict | None) -> str:
         return "No GPU record yet."
     sparse = report.sparse_table(record["rows"], MIDDLE, BLOCKS)
     dense = report.dense_table(record["rows"])
+    small = report.small_head_table(record["rows"], MIDDLE)
+    if small:
+        small = ["", f"With a head_dim of 64, {report.length(MIDDLE)}, causal:", "", *small]
     gate = report.gate_table(record["rows"])
     if gate:
         gate = ["", "The gate, and prefill with it in one CUDA graph, in ms:", "", *gate]
     pool = report.pool_table(record["rows"])
     if pool:
         pool = ["", "`attn_pool`: dense attention that also returns the block map:", "", *pool]
-    starred = any(r"\*" in line for line in sparse + dense)
+    starred = any(r"\*" in line for line in sparse + dense + small)
     note = ["", "\\* host-bound: the time may be that of the host."] if starred else []
     absent = [
         report.TITLES[name] for name in record.get("unavailable", ()) if name in report.TITLES
@@ -264,6 +267,7 @@ def speed_section(record: dict | None) -> str:
             "Without a mask:",
             "",
             *dense,
+            *small,
             *pool,
             *gate,
             *note,

@@ -202,6 +202,27 @@ def dense_table(rows: list[dict]) -> list[str]:
     return _table([*header, "against the best peer"], lines)
 
 
+def small_head_table(rows: list[dict], rows_kv: int) -> list[str]:
+    """TFLOP/s at head_dim 64 and one length, without a mask and over density; none: no rows."""
+    shape = {"head_dim": 64, "rows_kv": rows_kv, "causal": True}
+    masks = {"no mask": "dense", "64x64": "random"}
+    chosen = {title: headline(rows, mask, **shape) for title, mask in masks.items()}
+    every = [row for of_mask in chosen.values() for row in of_mask]
+    if not every:
+        return []
+    kinds, peers = families(every), peers_in(every)
+    header = ["head_dim 64", "kept", *(FAMILIES[kind] for kind in kinds)]
+    header += [*(TITLES[name] for name in peers), "against the best peer"]
+    lines = []
+    for title, of_mask in chosen.items():
+        for density in sorted({row["density"] for row in of_mask}, reverse=True):
+            same = {row["arch"]: row for row in of_mask if row["density"] == density}
+            row = same[next(kind for kind in kinds if kind in same)]
+            rates = _rates(row, same, kinds, peers)
+            lines.append([title, f"{density:.0%}", *rates, _ratio(row)])
+    return _table(header, lines)
+
+
 def gate_table(rows: list[dict]) -> list[str]:
     """Times of the gate and of what is made of it; empty without such rows."""
     chosen = [row for row in rows if row["op"] in GATE_OPS]

@@ -245,6 +245,22 @@ def test_tables_show_families_and_peers_beside_each_other(sample):
     assert report.dense_table(sample["rows"])[2:] == ["| 32k, causal | 400 | 333 | 1.20x |"]
 
 
+def test_heads_of_64_have_a_table_of_their_own(sample):
+    assert report.small_head_table(sample["rows"], 32768) == []
+    shape = {"arch": "sm90", "rows_q": 32768, "rows_kv": 32768, "head_dim": 64}
+    rows = [*sample["rows"], row_of_case(Case(mask="dense", **shape), 2.0, fa3=4.0)]
+    rows += [row_of_case(Case(density=density, **shape), 1.0) for density in (0.1, 1.0)]
+    table = report.small_head_table(rows, 32768)
+    assert table[0] == (
+        "| head_dim 64 | kept | seer_cuda (Hopper) | FlashAttention-3 | against the best peer |"
+    )
+    assert table[2:] == [
+        "| no mask | 100% | 400 | 200 | 2.00x |",
+        "| 64x64 | 100% | 400 | - | - |",
+        "| 64x64 | 10% | 400 | - | - |",
+    ]
+
+
 def test_tables_leave_out_what_is_not_the_headline(sample):
     other = Case(arch="sm90", rows_q=32768, rows_kv=32768, density=0.1)
     changes = {"head_dim": 64, "dtype": "float16", "mask": "structured", "rows_kv": 8192}
