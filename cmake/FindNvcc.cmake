@@ -3,10 +3,6 @@
 # from PyPI (nvidia-cuda-nvcc, -crt, -nvvm, -cccl and -runtime together are a full toolkit under
 # site-packages/nvidia/cu13). Without any, SEER_HAVE_CUDA is OFF and the build is CPU-only.
 set(SEER_HAVE_CUDA OFF)
-string(TOUPPER "${SEER_CUDA}" SEER_CUDA)
-if(NOT SEER_CUDA MATCHES "^(AUTO|ON|OFF)$")
-  message(FATAL_ERROR "seer_cuda: SEER_CUDA: expected AUTO, ON or OFF, got '${SEER_CUDA}'.")
-endif()
 if(SEER_CUDA STREQUAL "OFF")
   message(STATUS "seer_cuda: SEER_CUDA=OFF, building the CPU kernels only")
   return()

@@ -2,19 +2,6 @@
 # The CUDA kernels: sources, architectures and flags, and the ptxas report.
 include(Cutlass)
 
-# Portable kernels get machine code for every architecture asked for (a Hopper GPU runs them beside
-# 90a's own: sm_90 code spares it a compile from PTX), and PTX of the first, so that newer GPUs run
-# too.
-set(portable_archs "")
-foreach(arch IN LISTS SEER_ARCHS)
-  string(REGEX REPLACE "[af]$" "" base "${arch}")
-  list(APPEND portable_archs "${base}-real")
-endforeach()
-list(GET SEER_ARCHS 0 first_arch)
-string(REGEX REPLACE "[af]$" "" first_arch "${first_arch}")
-list(APPEND portable_archs "${first_arch}-virtual")
-list(REMOVE_DUPLICATES portable_archs)
-
 set(kernel_logs "")     # one ptxas log per CUDA object, read after all of them are compiled
 set(kernel_objects "")
 

@@ -11,7 +11,6 @@
 
 #include <cstdio>
 #include <optional>
-#include <string>
 #include <tuple>
 
 // The first line of the operator's schema in csrc/torch/library.cpp, in C++ types.

@@ -144,6 +144,11 @@ def test_pool_gate_of_no_rows(device):
     assert torch.ops.seer.pool_gate(x).shape == (0, 1, 3, 64)
 
 
+def test_pool_gate_of_no_output_heads(device):
+    x = torch.ones(2, 100, 3, 64, dtype=torch.bfloat16, device=device)
+    assert torch.ops.seer.pool_gate(x, x.new_ones(0, 64, 32)).shape == (2, 2, 0, 32)
+
+
 def gates(device, dtype, *, batch=1, blocks=(5, 5), heads=(4, 2), gate_dim=64, seed=0, std=1.0):
     gen = inputs.generator(seed)
     q = torch.randn(batch, blocks[0], heads[0], gate_dim, generator=gen) * std

@@ -142,6 +142,21 @@ def test_lists_are_swept(seer_bench):
     assert [row["reduce"] for row in csv.DictReader(io.StringIO(out))] == ["max", "sum"]
 
 
+def test_work_of_the_longest_sequence(seer_bench):
+    """2^30 rows: counted by row of blocks, not by block."""
+    (row,) = _plan(seer_bench, "attn_pool", "--rows", "1048576k")
+    blocks = 2**30 // 64
+    assert row["gflop"] == pytest.approx(4 * 128 * 64**2 * 32 * blocks**2 / 2 / 1e9, rel=1e-6)
+
+
+def test_a_mask_that_no_memory_holds_fails_and_the_rest_is_told(seer_bench):
+    options = "block_sparse_attn --rows 1048576k,1k --density 0.1 --plan --format json"
+    code, out, error = seer_bench(*options.split())
+    assert code == 1 and [row["rows_q"] for row in json.loads(out)["rows"]] == [1024]
+    assert "1073741824" in error and "host memory: expected room for the mask" in error
+    assert error.endswith("1 of 2 cases failed\n")
+
+
 @pytest.mark.parametrize("mask", ["dense", "random", "kv_head", "structured"])
 @pytest.mark.parametrize("block", [(64, 64), (128, 128), (64, 128), (128, 64)])
 @pytest.mark.parametrize("causal", [True, False])
@@ -223,6 +238,14 @@ def test_report_of_a_run(seer_bench):
     told = [(row["protocol"], row["l2"]) for row in report["rows"]]
     assert told == [(p, l2) for p in ("sustained", "burst") for l2 in ("hot", "cold")]
     assert all(0 < row["%gbps"] < 120 for row in report["rows"])
+
+
+@pytest.mark.gpu
+def test_a_failed_allocation_does_not_fail_the_next_case(seer_bench):
+    sweep = ["--mask", "dense", "--rows", "1048576k,512"]
+    code, out, error = seer_bench("block_sparse_attn", *sweep, *QUICK, "--format", "json")
+    assert code == 1 and "cudaErrorMemoryAllocation" in error and "1 of 2 cases failed" in error
+    assert [row["rows_q"] for row in json.loads(out)["rows"]] == [512]
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <cstdio>
+#include <utility>
 
 namespace seer::bench {
 namespace {

@@ -20,6 +20,7 @@ struct CudaError : std::runtime_error {
 
 inline void check(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would report this error as its own
   throw CudaError(std::string("CUDA: ") + doing + ": " + cudaGetErrorName(error) + " (" +
                   cudaGetErrorString(error) + ")");
 }

@@ -2,8 +2,11 @@
 // seer_bench: the kernels of seer_cuda, timed and checked by themselves. bench/cpp/README.md.
 #include <unistd.h>
 
+#include <exception>
 #include <iostream>
+#include <new>
 #include <optional>
+#include <stdexcept>
 
 #include "ceilings.h"
 #include "options.h"
@@ -21,9 +24,27 @@ std::string title_of(const Case& c) {
   return title;
 }
 
-// Adds the rows of one case. Returns whether it ran and, if asked for, was right.
+// What the standard library throws where the host's memory ends says nothing to a reader.
+std::string text_of(const std::exception& error) {
+  const bool memory = dynamic_cast<const std::bad_alloc*>(&error) != nullptr ||
+                      dynamic_cast<const std::length_error*>(&error) != nullptr;
+  return memory ? "host memory: expected room for the mask and what is compared, got none. Take "
+                  "fewer rows or heads, or --mask dense."
+                : error.what();
+}
+
+// Whether `run` did, and returned true; else the reason is told, and the next case may follow.
+template <class Run>
+bool attempt(const Case& c, const Run& run) try {
+  return run();
+} catch (const std::exception& error) {
+  std::cerr << "seer_bench: " << title_of(c) << ": " << text_of(error) << "\n";
+  return false;
+}
+
+// Adds the rows of one case. Returns whether it was right, if that was asked for.
 bool run_case(const Options& options, const Device& device, const Ceilings& ceilings, Timer* timer,
-              const Case& c, std::vector<Row>* rows) try {
+              const Case& c, std::vector<Row>* rows) {
   const HostMask mask = make_mask(c, options.seed);
   const std::unique_ptr<Problem> problem = make_problem(c, mask, device, options.seed);
   const auto launch = [&](cudaStream_t stream) { problem->launch(stream); };
@@ -47,18 +68,28 @@ bool run_case(const Options& options, const Device& device, const Ceilings& ceil
     }
   }
   return true;
-} catch (const CudaError& error) {
-  std::cerr << "seer_bench: " << title_of(c) << ": " << error.what() << "\n";
-  return false;
+}
+
+// The exit status of a run.
+int told(size_t failed, size_t cases) {
+  if (failed == 0) return 0;
+  std::cerr << "seer_bench: " << failed << " of " << cases << " cases failed\n";
+  return kFailed;
 }
 
 int run(const Options& options) {
   const std::vector<Case> cases = expand(options.sweep);
   std::vector<Row> rows;
+  size_t done = 0, failed = 0;
   if (options.plan) {
-    for (const Case& c : cases) rows.push_back(plan_row(c, make_mask(c, options.seed)));
+    for (const Case& c : cases) {
+      failed += !attempt(c, [&] {
+        rows.push_back(plan_row(c, make_mask(c, options.seed)));
+        return true;
+      });
+    }
     print_report(std::cout, options.format, nullptr, {}, rows);
-    return 0;
+    return told(failed, cases.size());
   }
   std::optional<Device> device;
   try {
@@ -69,17 +100,13 @@ int run(const Options& options) {
   Timer timer(options.schedule);
   const Ceilings ceilings = options.ceilings ? measure_ceilings(&timer, *device) : Ceilings{};
   const bool watched = isatty(STDERR_FILENO);
-  size_t done = 0, failed = 0;
   for (const Case& c : cases) {
     if (watched) std::cerr << "\r" << ++done << " of " << cases.size() << " cases" << std::flush;
-    failed += !run_case(options, *device, ceilings, &timer, c, &rows);
+    failed += !attempt(c, [&] { return run_case(options, *device, ceilings, &timer, c, &rows); });
   }
   if (watched) std::cerr << "\n";
   print_report(std::cout, options.format, &*device, ceilings, rows);
-  if (failed > 0) {
-    std::cerr << "seer_bench: " << failed << " of " << cases.size() << " cases failed\n";
-  }
-  return failed > 0 ? kFailed : 0;
+  return told(failed, cases.size());
 }
 
 int run_main(int argc, const char* const* argv) try {
@@ -94,8 +121,8 @@ int run_main(int argc, const char* const* argv) try {
 } catch (const UsageError& error) {
   std::cerr << "seer_bench: " << error.what() << "\n";
   return kUnusable;
-} catch (const CudaError& error) {
-  std::cerr << "seer_bench: " << error.what() << "\n";
+} catch (const std::exception& error) {
+  std::cerr << "seer_bench: " << text_of(error) << "\n";
   return kFailed;
 }
 

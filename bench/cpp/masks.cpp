@@ -60,12 +60,12 @@ void fill_structured_row(const Case& c, int64_t i, const std::vector<int64_t>& s
   for (const int64_t j : stripes) keep(j);
 }
 
-// How much of block (i, j) the causal rule leaves: 1, or half where the diagonal crosses it.
-double seen_part(const Case& c, int64_t i, int64_t j) {
-  if (!c.causal) return 1.0;
-  const int64_t first_row = i * c.block.q + c.rows_kv - c.rows_q;
-  const int64_t last_column = std::min((j + 1) * c.block.kv, c.rows_kv) - 1;
-  return last_column > first_row ? 0.5 : 1.0;
+// KV blocks [0, whole) are those that every row of query block i sees all of; the diagonal crosses
+// the visible blocks after them, which count half.
+int64_t whole_blocks(const Case& c, int64_t i) {
+  const int64_t seen_by_first = i * c.block.q + 1 + c.rows_kv - c.rows_q;
+  if (!c.causal || seen_by_first >= c.rows_kv) return c.blocks_kv();
+  return std::max<int64_t>(seen_by_first, 0) / c.block.kv;
 }
 
 // Scores of one head: the gate's causal rule counts in blocks.
@@ -125,16 +125,16 @@ namespace {
 double attention_flop(const Case& c, const HostMask& mask) {
   double blocks = 0.0;  // of all sequences and query heads
   for (int64_t i = 0; i < c.blocks_q(); ++i) {
-    const int64_t visible = visible_blocks(c, i);
+    const int64_t visible = visible_blocks(c, i), whole = whole_blocks(c, i);
     if (mask.dense()) {
-      for (int64_t j = 0; j < visible; ++j) blocks += seen_part(c, i, j) * c.batch * c.heads_q;
+      blocks += 0.5 * double(visible + whole) * c.batch * c.heads_q;
       continue;
     }
     for (int b = 0; b < c.batch; ++b) {
       for (int head = 0; head < mask.heads; ++head) {
         const int32_t* row = mask.row(b, head, i);
         for (int64_t j = 0; j < visible; ++j) {
-          if (bit(row, j)) blocks += seen_part(c, i, j) * (c.heads_q / mask.heads);
+          if (bit(row, j)) blocks += (j < whole ? 1.0 : 0.5) * (c.heads_q / mask.heads);
         }
       }
     }

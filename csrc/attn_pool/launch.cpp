@@ -76,10 +76,13 @@ Status launch_attn_pool(const AttnPoolParams& params, CUstream_st* stream) {
   }
   if (elements > 0) {
     if (Status s = check_aligned("pooled", params.pooled, 16); !s.ok()) return s;
-    const cudaError_t error =
-        attn_pool_wants_zeros(params)
-            ? cudaMemsetAsync(params.pooled, 0, elements * sizeof(float), stream)
-            : cudaSuccess;
+  }
+  if (tiles > 0) {
+    if (Status s = check_aligned("workspace", params.workspace, 256); !s.ok()) return s;
+  }
+  // Nothing was enqueued so far: a refused call leaves the outputs as they were.
+  if (elements > 0 && attn_pool_wants_zeros(params)) {
+    const cudaError_t error = cudaMemsetAsync(params.pooled, 0, elements * sizeof(float), stream);
     if (error != cudaSuccess) return cuda_status(error, "zeroing the map of attn_pool");
   }
   if (params.cu_seqlens_q != nullptr) {
@@ -88,7 +91,6 @@ Status launch_attn_pool(const AttnPoolParams& params, CUstream_st* stream) {
     }
   }
   if (tiles == 0) return {};
-  if (Status s = check_aligned("workspace", params.workspace, 256); !s.ok()) return s;
   const auto error = static_cast<cudaError_t>(kKernels[index].launch(params, stream));
   const AttnPoolVariant& variant = attn_pool_variants()[index];
   return check_launch(variant.name, tiles, variant.smem_bytes, error);

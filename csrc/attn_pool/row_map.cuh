@@ -21,6 +21,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/max_or_nan.cuh"
 #include "common/online_softmax.cuh"
 #include "common/warp.cuh"
 
@@ -47,13 +48,6 @@ namespace dev {
 __device__ __forceinline__ float log2_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// NaN if one of them is.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
 

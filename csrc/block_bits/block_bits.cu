@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "block_bits/unpack_check.h"
 #include "common/cuda_status.h"
 #include "seer/block_bits.h"
 
@@ -119,6 +120,7 @@ Status launch_pack_block_bits(const PackBlockBitsParams& params, CUstream_st* st
 }
 
 Status launch_unpack_block_bits(const UnpackBlockBitsParams& params, CUstream_st* stream) {
+  if (Status status = check_unpack(params); !status.ok()) return status;
   const unsigned grid = grid_for(ceil_div(params.rows * ceil_div(params.blocks_kv, 32), 32));
   if (grid == 0) return {};
   unpack<<<grid, kThreads, 0, stream>>>(params);

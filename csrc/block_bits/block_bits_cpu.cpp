@@ -2,7 +2,8 @@
 #include "seer/block_bits.h"
 
 #include <algorithm>
-#include <string>
+
+#include "block_bits/unpack_check.h"
 
 namespace seer {
 namespace {
@@ -32,11 +33,7 @@ Status pack_block_bits_cpu(const PackBlockBitsParams& params, const ParallelFor&
 }
 
 Status unpack_block_bits_cpu(const UnpackBlockBitsParams& params, const ParallelFor& parallel_for) {
-  if (params.blocks_kv > params.words * 32)
-    return Status::invalid("block_bits: expected at least " +
-                           std::to_string(ceil_div(params.blocks_kv, 32)) + " words per row, got " +
-                           std::to_string(params.words) +
-                           ". Pass the number of blocks that the bits were packed for.");
+  if (Status status = check_unpack(params); !status.ok()) return status;
   if (params.rows == 0 || params.blocks_kv == 0) return {};
   parallel_for(params.rows, grain(params.blocks_kv), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

@@ -48,7 +48,8 @@ inline Sm80Params to_sm80_params(const BlockSparseAttnParams& params) {
   p.tiles_q = static_cast<int>(ceil_div(params.rows_q, params.block_q));
   p.heads_kv = params.heads_kv;
   p.group = params.heads_q / params.heads_kv;
-  p.heads_per_bits = params.heads_q / params.block_bits.heads;
+  // Without a mask its fields may hold anything.
+  p.heads_per_bits = p.bits == nullptr ? params.heads_q : params.heads_q / params.block_bits.heads;
   p.two_tiles_per_block = params.block_kv == 128;
   p.causal = params.causal;
   const ScoreScale scale = score_scale(params.scale);

@@ -3,13 +3,10 @@
 // the parameters its launcher hands over. Budgets are tabulated in docs/block_sparse_attn.md.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
-#include <type_traits>
 
 #include "block_sparse_attn/variant.h"
+#include "common/element_of.cuh"
 #include "common/smem_tile.cuh"
 
 namespace seer {
@@ -40,7 +37,7 @@ struct Sm80Traits {
   using Params = Sm80Params;
   using Map = Sm80NoMap;
   using Parked = Sm80Parked;
-  using Element = std::conditional_t<kKey.dtype == DType::kBFloat16, __nv_bfloat16, __half>;
+  using Element = ElementOf<kKey.dtype>;
 
   static constexpr int kHeadDim = kKey.head_dim;
   static constexpr int kTileQ = kKey.block_q;

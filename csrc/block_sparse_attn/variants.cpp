@@ -2,7 +2,6 @@
 // The table of compiled kernels and the choice among them. Plain host code: the torch-free Python
 // module and CPU-only builds contain it too.
 #include <algorithm>
-#include <cstdlib>
 #include <string>
 #include <vector>
 

@@ -16,10 +16,13 @@ inline Status refuse(const std::string& argument, const std::string& expected,
   return Status::invalid(argument + ": expected " + expected + ", got " + got + ". " + remedy);
 }
 
+// What to do about a sequence longer than the caller's max_rows.
+constexpr const char* kRaiseMaxRows = "Raise the matching max_rows argument to the longest length.";
+
 // Contents of one cu_seqlens array: the running sum of the sequence lengths. `total`: packed rows,
-// -1 where they are not known.
+// -1 where they are not known. `if_longer`: what to do about a sequence of more than max_rows.
 inline Status check_cu_seqlens(const std::string& name, const int32_t* cu_seqlens, int batch,
-                               int64_t total, int64_t max_rows) {
+                               int64_t total, int64_t max_rows, const char* if_longer) {
   if (cu_seqlens[0] != 0)
     return refuse(name, "a first entry of 0", std::to_string(cu_seqlens[0]),
                   "Pass the running sum of the sequence lengths.");
@@ -33,7 +36,7 @@ inline Status check_cu_seqlens(const std::string& name, const int32_t* cu_seqlen
                     "Pass the running sum of the sequence lengths.");
     if (length > max_rows)
       return refuse(name, "sequences of at most " + std::to_string(max_rows) + " rows", got,
-                    "Raise the matching max_rows argument to the longest length.");
+                    if_longer);
   }
   if (total >= 0 && cu_seqlens[batch] != total)
     return refuse(name, "a last entry of " + std::to_string(total) + ", the packed rows",
@@ -74,9 +77,9 @@ inline Status check_attention(const BlockSparseAttnParams& params) {
                   "Pass both for packed sequences, or neither.");
   if (params.cu_seqlens_q == nullptr) return {};
   const Status q = check_cu_seqlens("cu_seqlens_q", params.cu_seqlens_q, params.batch,
-                                    params.total_q, params.rows_q);
+                                    params.total_q, params.rows_q, kRaiseMaxRows);
   return q.ok() ? check_cu_seqlens("cu_seqlens_kv", params.cu_seqlens_kv, params.batch,
-                                   params.total_kv, params.rows_kv)
+                                   params.total_kv, params.rows_kv, kRaiseMaxRows)
                 : q;
 }
 

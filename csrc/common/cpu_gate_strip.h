@@ -36,10 +36,12 @@ inline int64_t visible_blocks(const GateExtent& extent, bool causal, int64_t row
 // Contents of cu_seqlens.
 inline Status check_gate_lengths(const GateScoresParams& params) {
   if (params.cu_seqlens_q == nullptr) return {};
+  constexpr const char* kEmbed =
+      "Embed these sequences with pool_gate, and pass the block size that it took.";
   const Status q = check_cu_seqlens("cu_seqlens_q", params.cu_seqlens_q, params.batch, -1,
-                                    params.blocks_q * params.block_q);
+                                    params.blocks_q * params.block_q, kEmbed);
   return q.ok() ? check_cu_seqlens("cu_seqlens_kv", params.cu_seqlens_kv, params.batch, -1,
-                                   params.blocks_kv * params.block_kv)
+                                   params.blocks_kv * params.block_kv, kEmbed)
                 : q;
 }
 

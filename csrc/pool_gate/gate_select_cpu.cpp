@@ -9,8 +9,6 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <string>
-#include <utility>
 
 #include "common/cpu_gate_strip.h"
 #include "pool_gate/gate_check.h"

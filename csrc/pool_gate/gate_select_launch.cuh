@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/element_of.cuh"
 #include "common/shared_memory_limit.cuh"
-#include "pool_gate/element_of.cuh"
 #include "pool_gate/gate_rank.cuh"
 #include "pool_gate/gate_threshold.cuh"
 #include "pool_gate/gate_threshold_short.cuh"

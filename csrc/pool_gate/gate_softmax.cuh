@@ -7,6 +7,7 @@
 // do all classes of a row or one of them.
 #pragma once
 
+#include "common/max_or_nan.cuh"
 #include "pool_gate/gate_tile.cuh"
 
 namespace seer::dev {
@@ -54,13 +55,6 @@ struct SoftmaxSum {
     total = __fadd_rn(__fmul_rn(total, softmax_weight(highest, top)),
                       __fmul_rn(other.total, softmax_weight(other.highest, top)));
     highest = top;
-  }
-
- private:
-  static __device__ __forceinline__ float max_or_nan(float a, float b) {
-    float y;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-    return y;
   }
 };
 

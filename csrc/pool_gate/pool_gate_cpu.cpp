@@ -182,9 +182,10 @@ class PoolGateWorker {
 Status pool_gate_cpu(const PoolGateParams& params, const ParallelFor& parallel_for) {
   if (params.heads == 0) return {};
   if (Status status = check_pool_gate(params); !status.ok()) return status;
+  if (params.heads_out == 0) return {};
   if (params.cu_seqlens != nullptr) {
     const Status status = cpu::check_cu_seqlens("cu_seqlens", params.cu_seqlens, params.batch,
-                                                params.total, params.rows);
+                                                params.total, params.rows, cpu::kRaiseMaxRows);
     if (!status.ok()) return status;
   }
   const int64_t tiles = ceil_div(ceil_div(params.rows, params.block), PoolGateWorker::kTile);

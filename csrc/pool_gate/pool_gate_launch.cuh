@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include "pool_gate/element_of.cuh"
+#include "common/element_of.cuh"
 #include "pool_gate/pool_gate_kernel.cuh"
 #include "pool_gate/variant.h"
 

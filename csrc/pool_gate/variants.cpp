@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tables of the gate's compiled kernels and the choice among them. Plain host code: the
 // torch-free Python module and CPU-only builds contain it too.
-#include <bit>
 #include <cstdint>
-#include <cstdlib>
 #include <set>
 #include <string>
 #include <vector>
@@ -59,6 +57,11 @@ int refuse(std::string* why_not, std::string text) {
   return -1;
 }
 
+int refuse_blocks(std::string* why_not, const char* argument, int64_t blocks) {
+  return refuse(why_not, std::string(argument) + ": expected at most 2^30 blocks, got " +
+                             std::to_string(blocks) + ". Split the sequence.");
+}
+
 constexpr const char* kMisaligned =
     ": expected data and strides that are multiples of 16 bytes, got others. Make a contiguous "
     "copy; torch.ops.seer runs it as torch operations.";
@@ -87,12 +90,14 @@ const std::vector<GateVariant>& gate_select_variants() {
 #undef SEER_VARIANT
 
 int find_pool_gate_variant(const PoolGateParams& p, int sm, std::string* why_not) {
+  if (p.block < 1) {
+    return refuse(why_not,
+                  "block: expected at least 1 row, got " + std::to_string(p.block) + ". Use 64.");
+  }
   const auto& table = pool_gate_variants();
   const int index = find(table, p.dtype, p.head_dim, sm);
   if (index < 0) return refuse(why_not, no_row(table, "x", "head_dim", p.dtype, p.head_dim, sm));
-  const int channels = std::popcount(static_cast<unsigned>(p.pools)) * p.head_dim;
-  if (p.weight == nullptr ? p.heads_out != p.heads || p.gate_dim != channels
-                          : !gate_dim_served(p.gate_dim)) {
+  if (p.weight != nullptr && !gate_dim_served(p.gate_dim)) {
     return refuse(why_not, "weight: expected gate_dim 64 or 128, got " +
                                std::to_string(p.gate_dim) +
                                ". torch.ops.seer runs it as torch operations.");
@@ -104,8 +109,8 @@ int find_pool_gate_variant(const PoolGateParams& p, int sm, std::string* why_not
   if (reinterpret_cast<uintptr_t>(p.weight) % 16 != 0) {
     return refuse(why_not, std::string("weight") + kMisaligned);
   }
-  if (ceil_div(p.rows, p.block) > kMaxBlocks) {
-    return refuse(why_not, "x: expected at most 2^30 blocks, got more. Split the sequence.");
+  if (const int64_t blocks = ceil_div(p.rows, p.block); blocks > kMaxBlocks) {
+    return refuse_blocks(why_not, "x", blocks);
   }
   return index;
 }
@@ -124,9 +129,8 @@ int find_for_gates(const std::vector<GateVariant>& table, const GateScoresParams
   if (!aligned(p.k_gate, p.batch == 1, p.blocks_kv == 1, p.heads_k == 1)) {
     return refuse(why_not, std::string("k_gate") + kMisaligned);
   }
-  if (p.blocks_q > kMaxBlocks || p.blocks_kv > kMaxBlocks) {
-    return refuse(why_not, "k_gate: expected at most 2^30 blocks, got more. Split the sequence.");
-  }
+  if (p.blocks_q > kMaxBlocks) return refuse_blocks(why_not, "q_gate", p.blocks_q);
+  if (p.blocks_kv > kMaxBlocks) return refuse_blocks(why_not, "k_gate", p.blocks_kv);
   return index;
 }
 

@@ -128,9 +128,12 @@ std::string explain(const std::string& op, int sm, const std::string& dtype, int
     const auto params = shape_params<seer::AttnPoolParams>(dtype, head_dim, block_q, block_kv);
     seer::find_attn_pool_variant(params, sm, &why_not);
   } else if (op == "pool_gate" || op == "gate_scores" || op == "gate_select") {
-    if (find_gate_variant(op, sm, dtype_from(dtype), head_dim, &why_not) >= 0) return "";
+    find_gate_variant(op, sm, dtype_from(dtype), head_dim, &why_not);
   } else {
-    why_not = "no compiled CUDA kernel for " + op + ": it runs as torch operations on the GPU";
+    throw py::value_error(
+        "op: expected 'block_sparse_attn', 'attn_pool', 'pool_gate', 'gate_scores' or "
+        "'gate_select', got '" +
+        op + "'");
   }
   return why_not;
 }
@@ -156,6 +159,16 @@ void check(const seer::Status& status) {
 using BoolArray = py::array_t<bool, py::array::c_style | py::array::forcecast>;
 using WordArray = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
 
+// A contiguous copy where it needs one, of an array whose dtype was checked: forcecast alone would
+// take any numbers.
+template <class Array>
+Array contiguous(const py::array& array, bool fits, const char* name, const char* expected) {
+  if (!fits)
+    throw py::type_error(std::string(name) + ": expected dtype " + expected + ", got " +
+                         std::string(py::str(array.dtype())) + ". Convert it with .astype().");
+  return Array(array);
+}
+
 template <class Array>
 int64_t rows_before_last(const Array& array, const char* name) {
   if (array.ndim() < 1)
@@ -172,7 +185,8 @@ std::vector<py::ssize_t> with_last(const Array& array, int64_t last) {
   return shape;
 }
 
-WordArray pack_block_bits(const BoolArray& mask) {
+WordArray pack_block_bits(const py::array& given) {
+  const auto mask = contiguous<BoolArray>(given, given.dtype().kind() == 'b', "mask", "bool");
   seer::PackBlockBitsParams params;
   params.rows = rows_before_last(mask, "mask");
   params.blocks_kv = mask.shape(mask.ndim() - 1);
@@ -183,7 +197,11 @@ WordArray pack_block_bits(const BoolArray& mask) {
   return bits;
 }
 
-BoolArray unpack_block_bits(const WordArray& bits, int64_t blocks_kv) {
+BoolArray unpack_block_bits(const py::array& given, int64_t blocks_kv) {
+  const char kind = given.dtype().kind();
+  const auto bits = contiguous<WordArray>(
+      given, (kind == 'i' || kind == 'u') && given.itemsize() == int{sizeof(int32_t)}, "block_bits",
+      "int32 or uint32");
   seer::UnpackBlockBitsParams params;
   params.rows = rows_before_last(bits, "block_bits");
   params.words = bits.shape(bits.ndim() - 1);
@@ -217,5 +235,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("pack_block_bits", &pack_block_bits, py::arg("mask"),
         "bool [..., blocks_kv] -> int32 [..., ceil(blocks_kv / 32)].");
   m.def("unpack_block_bits", &unpack_block_bits, py::arg("block_bits"), py::arg("blocks_kv"),
-        "int32 [..., words] -> bool [..., blocks_kv].");
+        "int32 or uint32 [..., words] -> bool [..., blocks_kv].");
 }

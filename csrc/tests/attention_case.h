@@ -3,9 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
-#include <optional>
-#include <string>
 #include <vector>
 
 #include "check.h"

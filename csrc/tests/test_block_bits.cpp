@@ -2,8 +2,8 @@
 // Packing, unpacking and building block bits: round trips and the documented bit positions.
 #include <vector>
 
+#include "block_bits/unpack_check.h"
 #include "check.h"
-#include "seer/block_bits.h"
 
 namespace {
 
@@ -71,10 +71,13 @@ int main() {
       for (int64_t rows : {0, 1, 7}) test_round_trip(rows, blocks_kv, parallel_for);
     for (int64_t blocks_kv : {1, 32, 70}) test_from_indices(blocks_kv, parallel_for);
   }
-  const seer::Status refused =
-      seer::unpack_block_bits_cpu({nullptr, nullptr, 1, 1, 33}, seer::test::serial_for);
-  SEER_CHECK(refused.code == seer::Code::kInvalidArgument &&
-                 refused.text.find("block_bits: expected at least 2 words per row, got 1.") == 0,
-             "%s", refused.text.c_str());
+  // The CUDA launch asks the same function as the CPU kernel.
+  const seer::UnpackBlockBitsParams narrow = {nullptr, nullptr, 1, 1, 33};
+  for (const seer::Status& refused :
+       {seer::check_unpack(narrow), seer::unpack_block_bits_cpu(narrow, seer::test::serial_for)})
+    SEER_CHECK(refused.code == seer::Code::kInvalidArgument &&
+                   refused.text.find("block_bits: expected at least 2 words per row, got 1.") == 0,
+               "%s", refused.text.c_str());
+  SEER_CHECK(seer::check_unpack({nullptr, nullptr, 1, 1, 32}).ok(), "32 blocks in a word");
   return seer::test::report("block_bits");
 }

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
-#include <string>
 #include <vector>
 
 #include "check.h"
@@ -329,6 +327,46 @@ void test_refusals() {
   params.value = 0.5;
   params.local = -1;
   expect(params, "local: expected a count of blocks, at least 0, got -1. ");
+  params = {};
+  params.method = static_cast<SelectMethod>(4);
+  expect(params, "method: expected one of SelectMethod, 0 to 3, got 4. ");
+}
+
+// Refused before anything is read or written: the params point nowhere.
+void test_pool_gate_refusals() {
+  const auto expect = [](const char* text, auto change) {
+    static const float memory[1] = {};
+    PoolGateParams params;
+    params.batch = params.rows = 1;
+    params.heads = params.heads_out = 2;
+    params.head_dim = params.gate_dim = 8;
+    change(params, memory);
+    const Status status = pool_gate_cpu(params, serial_for);
+    SEER_CHECK(status.code == Code::kInvalidArgument && status.text.find(text) == 0,
+               "expected \"%s\", got \"%s\"", text, status.text.c_str());
+  };
+  const char* no_weight =
+      "weight: expected one, or heads_out = 2 and gate_dim = 8 as pooling gives";
+  expect(no_weight, [](auto& p, auto) { p.heads_out = 4; });
+  expect(no_weight, [](auto& p, auto) { p.gate_dim = 16; });
+  expect("weight: expected heads_out a multiple of heads = 2, got -2. ",
+         [](auto& p, auto) { p.heads_out = -2; });
+  expect("weight: expected gate_dim of at least 1, got 0. ", [](auto& p, auto* memory) {
+    p.weight = memory;
+    p.gate_dim = 0;
+  });
+  expect("x: expected head_dim of at least 1, got 0. ",
+         [](auto& p, auto) { p.head_dim = p.gate_dim = 0; });
+  const auto half_rope = [](auto field) {
+    return [field](auto& p, auto* memory) {
+      p.*field = memory;
+      p.rotary_dim = 8;
+    };
+  };
+  expect("sin: expected cos and sin together, got only one of them. ",
+         half_rope(&PoolGateParams::cos));
+  expect("cos: expected cos and sin together, got only one of them. ",
+         half_rope(&PoolGateParams::sin));
 }
 
 // Every CTA of both problems has one place in a launch; those of a problem come in order.
@@ -360,5 +398,6 @@ int main() {
   test_pool_gates();
   test_selection();
   test_refusals();
+  test_pool_gate_refusals();
   return seer::test::report("gate");
 }

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // pool_gate, gate_scores and gate_select of packed sequences on the CPU: every sequence gets what a
 // call of its own gives, bit for bit, and what lies past it is 0, -inf or no bit.
-#include <algorithm>
 #include <cmath>
-#include <string>
 #include <vector>
 
 #include "check.h"
@@ -145,8 +143,11 @@ void test_refusals() {
   const std::vector<int32_t> longer = {0, 5, 70};
   gate.cu_seqlens_q = gate.cu_seqlens_kv = longer.data();
   status = gate_scores_cpu(gate, serial_for);
-  SEER_CHECK(status.text.find("cu_seqlens_q: expected sequences of at most 64 rows") == 0, "%s",
-             status.text.c_str());
+  SEER_CHECK(status.text ==
+                 "cu_seqlens_q: expected sequences of at most 64 rows, got sequence 1 "
+                 "from 5 to 70. Embed these sequences with pool_gate, and pass the "
+                 "block size that it took.",
+             "%s", status.text.c_str());
 }
 
 }  // namespace

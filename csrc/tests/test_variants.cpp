@@ -133,6 +133,10 @@ void test_gates() {
   pool("got float32, head_dim 128", [](auto& p) { p.dtype = seer::DType::kFloat32; });
   pool("got bfloat16, head_dim 96", [](auto& p) { p.head_dim = 96; });
   pool("weight: expected gate_dim 64 or 128, got 32", [](auto& p) { p.gate_dim = 32; });
+  pool("x: expected at most 2^30 blocks, got 2000000000.", [](auto& p) {
+    p.rows = 2000000000;
+    p.block = 1;
+  });
   pool("weight: expected data", [](auto& p) { p.weight = static_cast<const char*>(p.weight) + 2; });
   pool("x: expected data", [](auto& p) { p.x.row_stride = 260; });
   pool("x: expected data", [](auto& p) { p.x.data = reinterpret_cast<const void*>(8); });
@@ -142,11 +146,18 @@ void test_gates() {
   select("got bfloat16, gate_dim 32", [](auto& p) { p.gate.gate_dim = 32; });
   select("q_gate: expected data", [](auto& p) { p.gate.q_gate.head_stride = 66; });
   select("k_gate: expected data", [](auto& p) { p.gate.k_gate.batch_stride = 1; });
+  select("q_gate: expected at most 2^30 blocks, got 2000000000.",
+         [](auto& p) { p.gate.blocks_q = 2000000000; });
+  select("k_gate: expected at most 2^30 blocks, got 2000000000.",
+         [](auto& p) { p.gate.blocks_kv = 2000000000; });
   select("blocks to rank, got 30000", [](auto& p) {
     p.method = seer::SelectMethod::kTopK;
     p.gate.blocks_kv = 30000;
   });
   std::string why;
+  auto plain = pooling();  // gate_dim without weight is no matter of kernels
+  plain.weight = nullptr;
+  SEER_CHECK(seer::find_pool_gate_variant(plain, 90, &why) >= 0, "%s", why.c_str());
   auto params = selection();
   params.gate.blocks_kv = 30000;  // a threshold ranks nothing
   SEER_CHECK(seer::find_gate_select_variant(params, 90, &why) >= 0, "%s", why.c_str());
@@ -159,6 +170,12 @@ void test_gates() {
 }  // namespace
 
 int main() {
+  std::string why;
+  auto params = pooling();
+  params.block = 0;
+  SEER_CHECK(seer::find_pool_gate_variant(params, 90, &why) < 0 &&
+                 why == "block: expected at least 1 row, got 0. Use 64.",
+             "%s", why.c_str());
   if (seer::block_sparse_attn_variants().empty()) {
     expect_refusal(problem(), 90, "variant: expected a compiled kernel, got none for sm_90");
   } else if (family(problem(), 90) != 0) {  // else a build for newer GPUs alone

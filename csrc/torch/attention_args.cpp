@@ -41,6 +41,8 @@ void check_attention(const Op& op, const AttentionArgs& args) {
   op.rank("q", q, rank, q_layout);
   op.rank("k", k, rank, kv_layout);
   op.rank("v", v, rank, kv_layout);
+  op.int_sizes("q", q, rank - 3);
+  op.int_sizes("k", k, rank - 3);
   op.same_device("k", k, "q", q);
   op.same_device("v", v, "q", q);
   op.float_dtype("q", q);
@@ -75,20 +77,16 @@ void check_attention(const Op& op, const AttentionArgs& args) {
                 "a finite float32 number", number(*args.scale),
                 "Leave it out for head_dim ** -0.5.");
 
-  constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
   if (varlen) {
     op.cu_seqlens("cu_seqlens_q", *args.cu_seqlens_q, "q", q);
     op.cu_seqlens("cu_seqlens_kv", *args.cu_seqlens_kv, "q", q);
     SEER_EXPECT(op, args.cu_seqlens_kv->size(0) == args.cu_seqlens_q->size(0), "cu_seqlens_kv",
                 number(args.cu_seqlens_q->size(0)) + " entries as cu_seqlens_q has",
                 number(args.cu_seqlens_kv->size(0)), "Describe the same batch in both.");
-    SEER_EXPECT(op, args.max_rows_q >= 1 && args.max_rows_q <= kMaxRows, "max_rows_q",
-                "the longest query length, at least 1", number(args.max_rows_q),
-                "Pass it as an int: reading cu_seqlens would stall the GPU.");
-    SEER_EXPECT(op, args.max_rows_kv >= 1 && args.max_rows_kv <= kMaxRows, "max_rows_kv",
-                "the longest KV length, at least 1", number(args.max_rows_kv),
-                "Pass it as an int: reading cu_seqlens would stall the GPU.");
+    op.max_rows("max_rows_q", args.max_rows_q);
+    op.max_rows("max_rows_kv", args.max_rows_kv);
   } else {
+    constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
     SEER_EXPECT(op, q.size(1) <= kMaxRows, "q", "fewer than 2^31 rows", number(q.size(1)),
                 "Split the sequence.");
     SEER_EXPECT(op, k.size(1) <= kMaxRows, "k", "fewer than 2^31 rows", number(k.size(1)),

@@ -4,9 +4,7 @@
 // and comes before any kernel runs.
 #pragma once
 
-#include <initializer_list>
 #include <limits>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -91,6 +89,14 @@ class Op {
            "Convert it with .to(" + std::string(other_name) + ".dtype).");
   }
 
+  // Kernels count in int along every dimension but `rows` (-1: along all).
+  void int_sizes(const char* argument, const Tensor& tensor, int64_t rows) const {
+    for (int64_t d = 0; d < tensor.dim(); ++d)
+      SEER_EXPECT(*this, d == rows || tensor.size(d) <= std::numeric_limits<int32_t>::max(),
+                  argument, rows < 0 ? "sizes below 2^31" : "sizes below 2^31 beside the rows",
+                  "shape " + shape_of(tensor), "Split the batch.");
+  }
+
   void dtype(const char* argument, const Tensor& tensor, ScalarType wanted) const {
     if (tensor.scalar_type() != wanted) [[unlikely]]
       fail(argument, torch::headeronly::toString(wanted), dtype_of(tensor),
@@ -110,6 +116,8 @@ class Op {
     rank(argument, tensor, 1, "[batch + 1]");
     SEER_EXPECT(*this, tensor.size(0) >= 1, argument, "at least one entry ([batch + 1])",
                 "0 entries", "Pass [0] for an empty batch.");
+    SEER_EXPECT(*this, tensor.size(0) - 1 <= std::numeric_limits<int32_t>::max(), argument,
+                "at most 2^31 entries ([batch + 1])", number(tensor.size(0)), "Split the batch.");
     dtype(argument, tensor, ScalarType::Int);
     same_device(argument, tensor, other_name, other);
     SEER_EXPECT(*this, tensor.is_contiguous(), argument, "a contiguous tensor", "strides with gaps",

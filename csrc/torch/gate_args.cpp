@@ -65,6 +65,8 @@ void check_gates(const Op& op, const GateArgs& args) {
   const Tensor &q_gate = args.q_gate, &k_gate = args.k_gate;
   op.rank("q_gate", q_gate, 4, "[batch, blocks_q, heads_q, gate_dim]");
   op.rank("k_gate", k_gate, 4, "[batch, blocks_kv, heads_k, gate_dim]");
+  op.int_sizes("q_gate", q_gate, 1);
+  op.int_sizes("k_gate", k_gate, 1);
   op.same_device("k_gate", k_gate, "q_gate", q_gate);
   // The gate is small, so float32 embeddings are welcome on every device.
   if (q_gate.scalar_type() != ScalarType::Float) op.float_dtype("q_gate", q_gate);
@@ -98,6 +100,7 @@ void check_pool_gate(const Tensor& x, const std::optional<Tensor>& weight,
   kPoolGate.rank("x", x, rank,
                  cu_seqlens ? "[total, heads, head_dim] with cu_seqlens"
                             : "[batch, rows, heads, head_dim], or cu_seqlens with packed rows");
+  kPoolGate.int_sizes("x", x, rank - 3);
   const int64_t head_dim = x.size(rank - 1), heads = x.size(rank - 2);
   if (x.scalar_type() != ScalarType::Float) kPoolGate.float_dtype("x", x);
   kPoolGate.unit_last_stride("x", x);
@@ -108,9 +111,12 @@ void check_pool_gate(const Tensor& x, const std::optional<Tensor>& weight,
   SEER_EXPECT(kPoolGate, pools >= 1 && pools <= 7, "pools", "a bit set of 1 max, 2 min, 4 avg",
               number(pools), "Use 4 for avg or 7 for max, min and avg.");
   const int64_t channels = __builtin_popcountll(static_cast<uint64_t>(pools)) * head_dim;
+  SEER_EXPECT(kPoolGate, channels <= std::numeric_limits<int32_t>::max(), "x",
+              "pools * head_dim below 2^31", number(channels), "Split the heads.");
   int64_t gate_dim = channels, heads_out = heads;
   if (weight) {
     kPoolGate.rank("weight", *weight, 3, "[heads_out, pools * head_dim, gate_dim]");
+    kPoolGate.int_sizes("weight", *weight, -1);
     kPoolGate.same_device("weight", *weight, "x", x);
     kPoolGate.same_dtype("weight", *weight, "x", x);
     SEER_EXPECT(kPoolGate, weight->size(1) == channels, "weight",

@@ -2,7 +2,6 @@
 // Plain types shared by every op: element types, strided views, the parallel-for seam.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <functional>
 

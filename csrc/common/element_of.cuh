@@ -10,6 +10,7 @@
 
 namespace seer {
 
+// The CUDA type of a dtype that kernels take.
 template <DType kDType>
 using ElementOf = std::conditional_t<kDType == DType::kBFloat16, __nv_bfloat16, __half>;
 
