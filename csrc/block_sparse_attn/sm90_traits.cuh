@@ -5,15 +5,13 @@
 #pragma once
 
 #include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "block_sparse_attn/sm90_no_map.cuh"
 #include "block_sparse_attn/variant.h"
 #include "common/divisor.cuh"
+#include "common/element_of.cuh"
 
 namespace seer {
 
@@ -62,7 +60,7 @@ template <BlockSparseAttnKey kKey>
 struct Sm90Traits {
   using Params = Sm90Params;
   using Map = dev::Sm90NoMap;
-  using Element = std::conditional_t<kKey.dtype == DType::kBFloat16, __nv_bfloat16, __half>;
+  using Element = ElementOf<kKey.dtype>;
 
   static constexpr int kHeadDim = kKey.head_dim;
   // A consumer warpgroup owns 64 query rows of one head, whatever block_q is; KV moves in tiles of
