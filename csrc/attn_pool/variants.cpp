@@ -65,6 +65,7 @@ int find_attn_pool_variant(const AttnPoolParams& params, int sm, std::string* wh
 }
 
 int64_t attn_pool_map_elements(const AttnPoolParams& params) {
+  if (params.block_q < 1 || params.block_kv < 1) return 0;
   const bool packed = params.cu_seqlens_q != nullptr;
   const int64_t heads =
       params.per_token && packed ? params.heads_q : int64_t{params.batch} * params.heads_q;

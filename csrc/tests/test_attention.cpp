@@ -91,6 +91,10 @@ void run_pool(AttentionCase& problem, bool per_token, const char* name) {
   const int64_t map_rows =
       per_token ? problem.lse.size() : problem.batch() * shape.heads_q * problem.blocks_q;
   std::vector<float> pooled(map_rows * problem.blocks_kv);
+  AttnPoolParams pool = pool_params(problem.params(), per_token, pooled.data());
+  SEER_CHECK(attn_pool_map_elements(pool) == int64_t(pooled.size()), "%s: map elements", name);
+  pool.block_kv = 0;
+  SEER_CHECK(attn_pool_map_elements(pool) == 0, "%s: map elements of block_kv 0", name);
   std::vector<double> expected(pooled.size());
   const Status status =
       attn_pool_cpu(pool_params(problem.params(), per_token, pooled.data()), scattered_for);

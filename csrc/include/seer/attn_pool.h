@@ -80,7 +80,7 @@ const std::vector<AttnPoolVariant>& attn_pool_variants();
 // As find_block_sparse_attn_variant.
 int find_attn_pool_variant(const AttnPoolParams& params, int sm, std::string* why_not);
 
-// Elements of `pooled`.
+// Elements of `pooled`; 0 for blocks without tokens, which launches refuse.
 int64_t attn_pool_map_elements(const AttnPoolParams& params);
 
 // Size of AttnPoolParams::workspace on the current device: for each row that is being computed
