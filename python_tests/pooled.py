@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """attn_pool for tests: the cases, a call by the kernels of one family, a map against the oracle."""
 
-import math
-
 import attention
 import baselines
 import inputs
@@ -77,13 +75,19 @@ def run_and_check_pool(q, k, v, *, arch=None, **kw):
     return out, lse, pooled
 
 
-def check_map(pooled, ref, delta, *, reduce=MAX, per_token=False, block_q=64, block_kv=64, **_):
-    """p = exp(score - lse): both errors are at most delta, so p is off by a factor e^(2 delta).
-
-    A sum rounds once per term, and a term below fp32's normal numbers may be 0. CUDA rounds what
-    each 16 rows add to an entry of a 2-D sum to a multiple of 2^-23.
+def map_error(ref, delta):
+    """p = exp(score - lse): both errors are at most delta, so p is off by a factor e^(2 delta). And
+    lse and the difference, which is ln p, are rounded to fp32: half an ulp of ln p each.
     """
-    extra = math.expm1(2 * delta) * ref
+    log = ref.clamp_min(torch.finfo(ref.dtype).tiny).log().abs()
+    return torch.expm1(2 * delta + EPS32 * log) * ref
+
+
+def check_map(pooled, ref, delta, *, reduce=MAX, per_token=False, block_q=64, block_kv=64, **_):
+    """By map_error(). A sum also rounds once per term, and a term below fp32's normal numbers may
+    be 0. CUDA rounds what each 16 rows add to an entry of a 2-D sum to a multiple of 2^-23.
+    """
+    extra = map_error(ref, delta)
     if reduce == SUM:
         extra = extra + (block_q + block_kv) * EPS32 * ref
         extra = extra + block_kv * numerics.FLUSH[torch.float32]

@@ -15,6 +15,7 @@ import pytest
 import selection
 import torch
 from attention import make_bits
+from pooled import map_error
 
 from seer_cuda import reference
 
@@ -186,6 +187,7 @@ MAP_MUTANTS = {
     "scores instead of probabilities": lambda p, r: r * math.e,
     "normalised": lambda p, r: r / r.sum(-1, keepdim=True),
     "rounded to bf16": lambda p, r: r.bfloat16().double(),
+    "off by 1e-4": lambda p, r: r * (1 + 1e-4),
     "transposed": lambda p, r: r.transpose(2, 3),
     "above the diagonal": lambda p, r: r + 1e-30,
 }
@@ -198,7 +200,7 @@ def test_a_wrong_map_fails(mutant, seed):
     delta = baselines.attention(q, k, v).delta
     prob = torch.rand(1, 1, 256, 256, dtype=torch.float64)
     wrong = MAP_MUTANTS[mutant](prob, ref).expand_as(ref).float()
-    limit = math.expm1(2 * delta) * ref
+    limit = map_error(ref, delta)
     assert numerics.check("map", ref.float(), ref, extra=limit).ok
     exact_zero = ((wrong == 0) == (ref == 0)).all()
     assert not (numerics.check("map", wrong, ref, extra=limit).ok and exact_zero)
