@@ -58,7 +58,7 @@ def shares(record: dict) -> list[tuple[str, float]]:
 
 
 def map_costs(rows: list[dict]) -> list[tuple[str, float]]:
-    """(map, its time over our dense attention's)."""
+    """(map, the share by which its time is above our dense attention's)."""
     found = []
     for row in rows:
         if row["op"] == ATTN_POOL and "dense_ms" in row:
@@ -67,7 +67,7 @@ def map_costs(rows: list[dict]) -> list[tuple[str, float]]:
                 parts.append("x".join(map(str, row["block"])))
             if row["head_dim"] != 128:
                 parts.append(f"head_dim {row['head_dim']}")
-            found.append((", ".join(parts), row["ms"] / row["dense_ms"]))
+            found.append((", ".join(parts), row["ms"] / row["dense_ms"] - 1.0))
     return found
 
 
@@ -96,7 +96,7 @@ def draw_axes(record: dict, theme: Theme, axes: list[Axes]) -> None:
         axis.tick_params(length=0)
     _speed(speed, by_length(record["rows"]), theme)
     _bars(limits, shares(record), theme, "share of the limit", limit=1.0)
-    _bars(maps, map_costs(record["rows"]), theme, "attn_pool: time / dense attention", limit=None)
+    _bars(maps, map_costs(record["rows"]), theme, "attn_pool: time beyond dense", limit=None)
     _gates(gates, gate_times(record["rows"]), theme)
 
 
@@ -121,14 +121,12 @@ def _bars(
 ) -> None:
     names = [name for name, _ in values]
     lengths = [value for _, value in values]
-    base = 0.0 if limit else 1.0  # a map costs what is above dense attention
-    axis.barh(range(len(values)), [x - base for x in lengths], left=base, color=theme.ours[0])
+    axis.barh(range(len(values)), lengths, color=theme.ours[0])
     for at, value in enumerate(lengths):
-        text = f" {value:.0%}" if limit else f" {value:.2f}x"
-        axis.text(value, at, text, va="center", fontsize=9)
+        axis.text(value, at, f" {value:.0%}" if limit else f" +{value:.0%}", va="center", fontsize=9)
     axis.set_yticks(range(len(values)), names, fontsize=9)
     axis.invert_yaxis()
-    axis.set_xlim(base, (limit or max([*lengths, 1.1])) + (0.15 if limit else 0.04))
+    axis.set_xlim(0, limit + 0.15 if limit else 1.2 * max([*lengths, 0.05]))
     axis.set_xticks([])
     axis.spines["bottom"].set_visible(False)
     axis.set_title(title, loc="left", fontsize=10)

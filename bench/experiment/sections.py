@@ -184,7 +184,7 @@ def _findings(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]]) -
     count = sum(map(len, words.values()))
     better = len(words["better"])
     lines.append(
-        f"- Goal of beating every choice without training at every sparsity: the gate is better in "
+        f"- Goal of beating every training-free method at every sparsity: the gate is better in "
         f"{better} of {count} comparisons by more than two standard errors."
     )
     for kind, text in (("not told apart", "Within two standard errors"), ("worse", "Worse than")):
