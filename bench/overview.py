@@ -123,7 +123,8 @@ def _bars(
     lengths = [value for _, value in values]
     axis.barh(range(len(values)), lengths, color=theme.ours[0])
     for at, value in enumerate(lengths):
-        axis.text(value, at, f" {value:.0%}" if limit else f" +{value:.0%}", va="center", fontsize=9)
+        text = f" {value:.0%}" if limit else f" +{value:.0%}"
+        axis.text(value, at, text, va="center", fontsize=9)
     axis.set_yticks(range(len(values)), names, fontsize=9)
     axis.invert_yaxis()
     axis.set_xlim(0, limit + 0.15 if limit else 1.2 * max([*lengths, 0.05]))
